@@ -54,7 +54,7 @@ def test_the_last_ones_and_the_best_come_back_bit_for_bit(tmp_path, monkeypatch)
                 step,
                 a_state(step),
                 {"history": [{"loss": 0.1 + step}]},
-                metric={2: 0.1, 3: 0.4, 5: 0.2}.get(step),
+                best=None if step < 2 else 2,
             )
         # A step that was already saved is not overwritten.
         checkpoints.save(6, a_state(99), {})
@@ -66,20 +66,39 @@ def test_the_last_ones_and_the_best_come_back_bit_for_bit(tmp_path, monkeypatch)
         assert_equal(checkpoints.restore_step(2, a_state(0))[0], a_state(2))
 
 
-def test_the_best_is_kept_after_a_resume_and_is_the_first_of_equal_ones(tmp_path):
+def test_the_best_is_kept_after_a_resume_until_another_is_better(tmp_path):
     for steps in ((1, 2), (3, 4), (5, 6)):
-        with Checkpoints(tmp_path, keep=1) as checkpoints:
+        with Checkpoints(tmp_path) as checkpoints:
             checkpoints.restore(a_state(0))
             for step in steps:
-                metric = {2: 0.1, 4: 0.1, 5: 0.3}.get(step)
-                checkpoints.save(step, a_state(step), {}, metric)
-        assert checkpoints.steps() == ([2] if steps == (1, 2) else [2, steps[-1]])
-    # As if the file system had lost a part of it.
-    (tmp_path / "2" / "header" / "metadata").write_text("")
+                checkpoints.save(step, a_state(step), {}, best=min(step, 2))
+    assert checkpoints.steps() == [2, 5, 6]
+    with Checkpoints(tmp_path) as checkpoints:
+        for step in (7, 8, 9):
+            checkpoints.save(step, a_state(step), {}, best=7)
+        assert checkpoints.steps() == [7, 8, 9]
+
+
+def test_the_best_epoch_is_the_first_of_equal_ones(history):
+    history.entries[2]["validation_error"] = history.entries[0]["validation_error"]
+    assert history.best() is history.entries[0]
+
+
+def test_a_kill_before_the_manifest_leaves_the_checkpoint_before(tmp_path, monkeypatch):
+    """Also if only the last one is to be kept: orbax has deleted old ones by then."""
     with Checkpoints(tmp_path, keep=1) as checkpoints:
-        checkpoints.save(7, a_state(7), {}, 0.2)
-        checkpoints.save(8, a_state(8), {}, 0.4)
-        assert checkpoints.steps() == [7, 8]
+        for step in (1, 2):
+            checkpoints.save(step, a_state(step), {})
+    with monkeypatch.context() as patch:
+        wait = lambda self, step: self._manager.wait_until_finished()
+        patch.setattr(Checkpoints, "_seal", wait)
+        with Checkpoints(tmp_path, keep=1) as checkpoints:
+            checkpoints.save(3, a_state(3), {})
+    assert (tmp_path / "3").is_dir() and not (tmp_path / "1").exists()
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        step, state, _ = checkpoints.restore(a_state(0))
+    assert step == 2
+    assert_equal(state, a_state(2))
 
 
 def test_files_of_other_programs_are_no_damage(tmp_path):
@@ -197,7 +216,7 @@ def test_a_first_checkpoint_that_was_not_finished_is_none(tmp_path, caplog, monk
 @pytest.mark.slow
 def test_another_models_checkpoint_is_refused(tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
-        checkpoints.save(1, a_state(1), {}, metric=None)
+        checkpoints.save(1, a_state(1), {})
         other = a_state(1)
         other["params"]["features.0"]["kernel"] = jnp.zeros((3, 3, 1, 4))
         with pytest.raises(
@@ -250,7 +269,7 @@ def test_the_best_checkpoint_is_used_unless_it_is_damaged(
     with Checkpoints(tmp_path / "checkpoints", keep=3) as checkpoints:
         for entry in history.entries:
             step = entry["step"]
-            checkpoints.save(step, a_state(step), {}, entry["validation_error"])
+            checkpoints.save(step, a_state(step), {}, best=1)
     for path in (tmp_path / "checkpoints" / str(harmed)).rglob("*"):
         if path.is_file() and path.name != "manifest.json":
             path.write_bytes(path.read_bytes()[:-2])

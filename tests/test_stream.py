@@ -1078,17 +1078,33 @@ def test_the_benchmarks_files_are_of_imagenets_size(tmp_path, monkeypatch):
 # ------------------------------------------------------------------ processes that read
 
 WORKERS = """
-import multiprocessing, os, signal, sys, time
+import multiprocessing, os, signal, sys, threading, time
 from cnnjax.data import folders, stream
 if __name__ == "__main__":
     source = folders.Folder(sys.argv[1])
     options = {"size": 224, "resize": 0}
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+    def disturb():
+        # As a terminal or a scheduler sends them to all processes of a group.
+        disturbed = set()
+        while len(disturbed) < 2:
+            for worker in set(multiprocessing.active_children()) - disturbed:
+                for number in signals:
+                    os.kill(worker.pid, number)
+                disturbed.add(worker)
+    received = []
+    for number in signals:
+        signal.signal(number, lambda number, frame: received.append(number))
+    threading.Thread(target=disturb, daemon=True).start()
     one = stream.iterate(stream.TrainingBatches(source, 36, range(1000), seed=0, **options), 1)
     two = stream.iterate(stream.TrainingBatches(source, 36, range(1000), seed=1, **options), 1)
+    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
     next(one), next(two)
+    assert received == [signal.SIGTERM], received
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, ())
     workers = multiprocessing.active_children()
     assert len(workers) == 2
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in signals:
         for worker in workers:
             os.kill(worker.pid, number)
     time.sleep(0.5)
@@ -1115,6 +1131,8 @@ if __name__ == "__main__":
 @pytest.mark.slow
 def test_workers_outlive_signals_and_end_at_once(colors, tmp_path):
     """Workers ignore signals, which the parent handles, and end quietly with their stream.
+
+    They do so from their start, while the parent still gets its own.
 
     A stream ends when it is exhausted or let go of, and with the program, which leaves nothing.
     Workers that waited until their last batches are read would be killed after 25 s.

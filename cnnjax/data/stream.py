@@ -17,6 +17,7 @@ import time
 import warnings
 import weakref
 from collections.abc import Iterator
+from multiprocessing import resource_tracker
 from multiprocessing.shared_memory import SharedMemory
 
 import numpy as np
@@ -28,6 +29,9 @@ from cnnjax.data.photographs import Damaged
 
 # The number of images that one process decodes while worker processes would still be starting.
 FEW_IMAGES = 500
+
+# Ctrl-C, a closed terminal and schedulers send these to all processes of a group.
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
 # Two epochs, so that batches around the turn of an epoch can be read in any order.
@@ -180,7 +184,7 @@ def iterate(
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()
         processes = grain.MultiprocessingOptions(num_workers=workers)
-        stream = stream.mp_prefetch(processes, _start_worker)
+        stream = stream.mp_prefetch(processes, _prepare_worker)
     iterator = _iterate_and_close(iter(stream), len(batches), has_workers=workers > 0)
     _open_iterators.add(iterator)
     return iterator
@@ -210,7 +214,10 @@ def _iterate_and_close(iterator, count: int, has_workers: bool) -> Iterator:
     shared: list[SharedMemory] = []
     try:
         for number in range(1, count + 1):
-            batch = next(iterator)
+            if has_workers and number == 1:
+                batch = _start_workers(iterator)
+            else:
+                batch = next(iterator)
             if has_workers:
                 # Forget blocks that grain has closed. It does so in a thread, some time after the
                 # array is gone.
@@ -251,16 +258,31 @@ def _wait_until_closed(memories: list[SharedMemory]) -> None:
         time.sleep(0.001)
 
 
-def _start_worker(index: int, count: int) -> None:
-    """Prepares a worker process: it ignores signals, and ends when its parent ends.
+def _start_workers(iterator: Iterator) -> tuple:
+    """Takes the first batch of one of grain's iterators, which starts its worker processes.
+
+    Workers never get the signals that stop a run, which the parent handles. They inherit the
+    signal mask of this thread, by way of the threads in which grain starts them. Ignoring signals
+    in the worker would be too late: it imports for seconds before its own code runs.
+    """
+    previous = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    try:
+        # The start of this process, which grain's queues need, unblocks SIGINT and SIGTERM.
+        resource_tracker.ensure_running()
+        signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+        return next(iterator)
+    finally:
+        # Signals that no other thread has taken meanwhile arrive now.
+        signal.pthread_sigmask(signal.SIG_SETMASK, previous)
+
+
+def _prepare_worker(index: int, count: int) -> None:
+    """Prepares a worker process, which ends when its parent ends.
 
     Args:
       index: the number of the worker, which grain passes.
       count: the number of workers.
     """
-    # Ctrl-C and a closed terminal send their signal to all processes of a group.
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)
     # As in the parent (`command.run`).
     warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)
     parent = multiprocessing.parent_process()

@@ -10,13 +10,12 @@ import ml_collections
 from cnnjax.models import list_models
 from cnnjax.models.base import name_with_file
 from cnnjax.runtime import backend, files, workdir
-from cnnjax.train import defaults
+from cnnjax.train import defaults, results
 from cnnjax.train.checkpoints import Checkpoints
 from cnnjax.train.run import find_network
 from cnnjax.train.training import build_run
 
 _LOG = logging.getLogger("cnnjax")
-EXTENDED = "extended.json"
 # Keys that change nothing in the steps that a run has taken. `skip_damaged` may only be turned on,
 # since a damaged image would have ended the run before.
 _EQUIVALENT = {"skip_damaged", "workers"}
@@ -93,8 +92,8 @@ def adopt_changes(config: ml_collections.ConfigDict, folder: pathlib.Path) -> No
     Raises:
       OtherConfiguration: if a run cannot have more epochs: one that is not finished, or has the
         cosine schedule.
-      ValueError: if `data_dir` holds other images, or if a finished run cannot be continued; its
-        results stay as they are.
+      ValueError: if `data_dir` holds other images, or if a finished run cannot be continued, also
+        because it stopped early; its results stay as they are.
     """
     recorded = workdir.read_record(folder, "train")
     if recorded is None:
@@ -138,9 +137,9 @@ def _read_data_record(folder: pathlib.Path, config: ml_collections.ConfigDict) -
     It is empty if neither says anything.
     """
     # The checkpoints of a finished run may have been removed.
-    results = folder / "results.json"
-    if results.exists():
-        recorded = files.read_json(results).get("data")
+    path = folder / "results.json"
+    if path.exists():
+        recorded = files.read_json(path).get("data")
         if recorded:
             return recorded
     if not (folder / "checkpoints").is_dir():
@@ -193,7 +192,7 @@ def _check_extension(folder: pathlib.Path, epochs: int, config: ml_collections.C
 
 def _was_finished(folder: pathlib.Path) -> bool:
     # An interrupted extension has left the second file.
-    return (folder / "results.json").exists() or (folder / EXTENDED).exists()
+    return (folder / "results.json").exists() or (folder / results.EXTENDED).exists()
 
 
 def _add_epochs(folder: pathlib.Path, recorded: dict, config: ml_collections.ConfigDict) -> None:
@@ -207,8 +206,15 @@ def _add_epochs(folder: pathlib.Path, recorded: dict, config: ml_collections.Con
     path = folder / "results.json"
     if path.exists():
         workdir.check_seal(folder)
-        results = files.read_json(path)
-        last = folder / "checkpoints" / str(results["history"][-1]["step"])
+        finished = files.read_json(path)
+        history = finished["history"]
+        if results.stops_early(config.early_stopping, history):
+            raise ValueError(
+                f"epochs={config.epochs}: early_stopping={config.early_stopping} ended the run "
+                f"after epoch {len(history)} of {recorded['epochs']}, and it would take no further "
+                "step; train with another early_stopping in another folder"
+            )
+        last = folder / "checkpoints" / str(history[-1]["step"])
         if not last.is_dir():
             raise ValueError(
                 f"epochs={config.epochs}: there is no {last}, from which the run of "
@@ -218,10 +224,10 @@ def _add_epochs(folder: pathlib.Path, recorded: dict, config: ml_collections.Con
         _check_can_continue(folder, config)
         if not backend.writes():
             return
-        earlier = [*results.get("extended_from", []), results["final"]]
+        earlier = [*finished.get("extended_from", []), finished["final"]]
         # First of all, since the hashes include extended.json, which changes next.
         workdir.unseal(folder)
-        files.write_json(folder / EXTENDED, earlier)
+        files.write_json(folder / results.EXTENDED, earlier)
         path.unlink()
     files.write_json(folder / "config.json", recorded | {"epochs": config.epochs})
     _LOG.info("extending the run from %d to %d epochs", recorded["epochs"], config.epochs)

@@ -72,25 +72,22 @@ class NotWritten(RuntimeError):
     """A checkpoint could not be written to the disk."""
 
 
-class _SmallestMetric:
-    """Preserves the checkpoint of the smallest metric; the first one, if several have it.
+class _Best:
+    """Preserves the checkpoint of the best step.
 
-    orbax's own policy, `BestN`, ranks by what orbax itself writes of metrics, which it does only if
-    `best_fn` is set. Here the metric is in the header of a checkpoint. So `BestN` would not know
-    those of existing work directories, and would delete their best checkpoint or keep all of them.
+    orbax's own policy, `BestN`, ranks by metrics that are written with each checkpoint. Here, a
+    checkpoint may be written before its state is scored.
 
     Attributes:
-      metrics: the metric of every checkpoint that has one, by step.
+      step: the best step; None if there is none.
     """
 
     def __init__(self):
-        self.metrics: dict[int, float] = {}
+        self.step: int | None = None
 
     def should_preserve(self, checkpoints, *, context) -> list[bool]:
         """Tells orbax which checkpoints to keep."""
-        measured = [info.step for info in checkpoints if info.step in self.metrics]
-        best = min(measured, key=self.metrics.__getitem__, default=None)
-        return [info.step == best for info in checkpoints]
+        return [info.step == self.step for info in checkpoints]
 
 
 class Checkpoints:
@@ -100,7 +97,7 @@ class Checkpoints:
 
     Args:
       folder: where the checkpoints are.
-      keep: the number of last checkpoints to keep, besides the one of the smallest metric.
+      keep: the number of last checkpoints to keep, at least 2, besides the best one.
     """
 
     def __init__(self, folder: str | os.PathLike, keep: int = 2):
@@ -109,16 +106,14 @@ class Checkpoints:
         # orbax logs every step through absl; failures are raised here instead.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
         tensorstore_noise.quieten()
-        self._best = _SmallestMetric()
-        policy = AnyPreservationPolicy([LatestN(keep), self._best])
+        self._best = _Best()
+        # orbax deletes old checkpoints before the manifest of the new one is written. A process
+        # that is killed in between needs the one before.
+        policy = AnyPreservationPolicy([LatestN(max(keep, 2)), self._best])
         options = ocp.CheckpointManagerOptions(
             cleanup_tmp_directories=True, preservation_policy=policy
         )
         self._manager = ocp.CheckpointManager(self.folder, options=options)
-        for step in self._manager.all_steps():
-            # A damaged checkpoint may raise anything here; `restore` puts it aside later.
-            with contextlib.suppress(Exception):
-                self._note_metric(step, self._header(step)["metric"])
         self._writing: threading.Thread | None = None
         self._failure: Exception | None = None
 
@@ -132,10 +127,6 @@ class Checkpoints:
             # Closing repeats a failure to write that has been raised already.
             with contextlib.suppress(Exception):
                 self._manager.close()
-
-    def _note_metric(self, step: int, metric: float | None) -> None:
-        if metric is not None:
-            self._best.metrics[step] = metric
 
     def _path(self, step: int) -> pathlib.Path:
         return self.folder / str(step)
@@ -168,7 +159,7 @@ class Checkpoints:
             # Raised by the next call of `_finish`.
             self._failure = error
 
-    def save(self, step: int, state, record: dict, metric: float | None = None) -> None:
+    def save(self, step: int, state, record: dict, best: int | None = None) -> None:
         """Begins to write a checkpoint, unless there is one of this step.
 
         The caller may change the state's memory and the record at once.
@@ -177,7 +168,7 @@ class Checkpoints:
           step: the number of the step.
           state: the state, host arrays.
           record: what else to save, as JSON.
-          metric: the checkpoint of the smallest metric is kept; None for no metric.
+          best: the step whose checkpoint is kept, however old; None if there is none.
 
         Raises:
           RuntimeError: if this checkpoint or the one before could not be written.
@@ -189,14 +180,13 @@ class Checkpoints:
         leaves = {name: np.array(leaf) for name, leaf in _leaves(state).items()}
         header = {
             "record": copy.deepcopy(record),
-            "metric": metric,
             "leaves": _shapes_and_dtypes(state),
         }
         contents = ocp.args.Composite(
             state=ocp.args.StandardSave(leaves), header=ocp.args.JsonSave(header)
         )
-        # Noted first, since saving deletes the checkpoints that are not preserved.
-        self._note_metric(step, metric)
+        # Set first, since saving deletes the checkpoints that are not preserved.
+        self._best.step = best
         try:
             self._manager.save(step, args=contents, force=True)
         except (OSError, ValueError) as error:

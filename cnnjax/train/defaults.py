@@ -130,7 +130,7 @@ def get_config() -> ml_collections.ConfigDict:
     # Epochs without a smaller validation error after which training ends; 0 never ends it early.
     config.early_stopping = 0
     # Epochs to train. A larger number continues a finished run, but not one with the schedule
-    # "cosine", whose learning rates depend on the number.
+    # "cosine", whose learning rates depend on the number, nor one that `early_stopping` ended.
     config.epochs = 10
     # Images of a step, over all devices.
     config.batch_size = 128
@@ -145,7 +145,7 @@ def get_config() -> ml_collections.ConfigDict:
     # Steps between checkpoints; one is also written when the validation error falls, and at the
     # end.
     config.checkpoint_every_steps = 1000
-    # The number of last checkpoints to keep, besides the best.
+    # The number of last checkpoints to keep, at least 2, besides the best.
     config.keep_checkpoints = 2
     return config
 

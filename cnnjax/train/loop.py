@@ -31,6 +31,8 @@ from cnnjax.train.training import Training, build_run
 __all__ = ["adopt", "check", "complete_record", "is_equivalent", "report", "run"]
 
 _LOG = logging.getLogger("cnnjax")
+# Of an epoch's steps.
+_SECONDS_BETWEEN_LINES = 60.0
 
 
 def adopt(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
@@ -115,64 +117,84 @@ def train(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
         )
         epoch_began = time.monotonic() - epoch_seconds
         stop_signal = 0
+        pace: _Pace | None = None
         if steps_done < total:
             _LOG.info("compiling the training step")
 
-        while steps_done < total and not _stops_early(config, history):
+        def save() -> None:
+            """Saves the state and what has been measured so far."""
+            record = {
+                "history": history.entries,
+                "plateau": plateau.state() if plateau else None,
+                "seconds": history.seconds,
+                "epoch_seconds": time.monotonic() - epoch_began,
+                "run_seconds": earlier_seconds + time.monotonic() - began,
+                "damaged": _sum_damaged(training),
+                **origin,
+            }
+            best = history.best()
+            best_step = None if best is None else best["step"]
+            checkpoints.save(steps_done, parallel.fetch(state), record, best_step)
+
+        while not _is_trained(config, history):
             # ------------------------------------------------------ steps
             if plateau and plateau.scale != rate_scale:
                 rate_scale = plateau.scale
                 rates = parallel.replicate(training.rates * np.float32(rate_scale))
                 constants = dataclasses.replace(constants, rates=rates)
-            # Up to the end of the epoch or to the next checkpoint; one call may take fewer steps.
-            epoch_end = (steps_done // per_epoch + 1) * per_epoch
-            next_checkpoint = (steps_done // every + 1) * every
-            state, steps_done = training.data.advance(
-                recipe=training.recipe,
-                numbers=training.numbers,
-                constants=constants,
-                state=state,
-                steps=range(steps_done, min(epoch_end, next_checkpoint)),
-            )
-            _check_finite(training, state, steps_done, rate_scale, checkpoints)
+            epoch_end = (len(history.entries) + 1) * per_epoch
+            # None are left if the run was saved because the validation of this epoch failed.
+            if steps_done < epoch_end:
+                # Up to the end of the epoch or to the next checkpoint; one call may take fewer.
+                next_checkpoint = (steps_done // every + 1) * every
+                state, steps_done = training.data.advance(
+                    recipe=training.recipe,
+                    numbers=training.numbers,
+                    constants=constants,
+                    state=state,
+                    steps=range(steps_done, min(epoch_end, next_checkpoint)),
+                )
+                _check_finite(training, state, steps_done, rate_scale, checkpoints)
+                # The first call compiles, and starts the workers.
+                if pace is None:
+                    pace = _Pace(training, steps_done)
+                pace.log(steps_done)
 
             # ------------------------------------------------------ evaluation
-            smallest_error = None
-            if steps_done % per_epoch == 0:
+            is_best = False
+            if steps_done == epoch_end:
                 seconds = time.monotonic() - epoch_began
-                entry = _evaluate_epoch(training, state, steps_done, rate_scale)
+                try:
+                    entry = _evaluate_epoch(training, state, steps_done, rate_scale)
+                except Exception:
+                    # The next start validates this epoch again. Several processes could only save
+                    # together, and perhaps not all have failed.
+                    if jax.process_count() == 1:
+                        save()
+                    raise
                 history.append(entry, seconds)
                 _log_epoch(training, history, seconds)
                 if plateau:
                     metrics = entry | {"validation_accuracy": 1 - entry["validation_error"]}
                     plateau.update(metrics[f"validation_{schedule['metric']}"])
-                if history.best() is entry:
-                    smallest_error = entry["validation_error"]
+                is_best = history.best() is entry
                 epoch_began = time.monotonic()
+                pace = None
 
             # ------------------------------------------------------ checkpoint
             # A signal may reach one process only: all must stop after the same step.
             own_signal = received[0] if received else 0
             stop_signal = max(parallel.gather(own_signal))
-            is_last = steps_done == total or _stops_early(config, history)
-            is_due = steps_done % every == 0 or smallest_error is not None
-            if is_due or is_last or stop_signal:
-                record = {
-                    "history": history.entries,
-                    "plateau": plateau.state() if plateau else None,
-                    "seconds": history.seconds,
-                    "epoch_seconds": time.monotonic() - epoch_began,
-                    "run_seconds": earlier_seconds + time.monotonic() - began,
-                    "damaged": _sum_damaged(training),
-                    **origin,
-                }
-                checkpoints.save(steps_done, parallel.fetch(state), record, smallest_error)
+            is_due = steps_done % every == 0
+            if is_due or is_best or _is_trained(config, history) or stop_signal:
+                save()
             if stop_signal:
                 break
 
         # ---------------------------------------------------------- the weights to keep
         # A stopped run has no weights to choose yet.
         if not stop_signal:
+            _log_early_stop(config, history)
             chosen = choose_weights(config, history, checkpoints)
             if chosen["step"] != steps_done:
                 state, _ = checkpoints.restore_step(chosen["step"], state_shapes)
@@ -252,11 +274,13 @@ def _evaluate_epoch(
     damaged = _sum_damaged(training)
     if damaged is not None:
         entry["damaged"] = damaged
-        training.data.damaged = 0
     validated = training.score(state, "validation")
     if validated:
         values = training.parallel.from_first_process(list(validated.scores.values()))
         entry |= {f"validation_{name}": value for name, value in zip(validated.scores, values)}
+    # Last, so that the count is saved if the validation fails.
+    if damaged is not None:
+        training.data.damaged = 0
     return entry
 
 
@@ -294,9 +318,55 @@ def _log_epoch(training: Training, history: results.History, seconds: float) -> 
     )
 
 
-def _stops_early(config: ml_collections.ConfigDict, history: results.History) -> bool:
-    """Tells whether the validation error has not fallen for `early_stopping` epochs (0: never)."""
-    return 0 < config.early_stopping <= history.epochs_since_best()
+class _Pace:
+    """Measures and logs how fast an epoch's steps are taken."""
+
+    def __init__(self, training: Training, steps_done: int):
+        self._training = training
+        self._restart(steps_done)
+
+    def _restart(self, steps_done: int) -> None:
+        self._first_step = steps_done
+        self._began = time.monotonic()
+
+    def log(self, steps_done: int) -> None:
+        """Logs a line if the last one is a minute old."""
+        seconds = time.monotonic() - self._began
+        steps = steps_done - self._first_step
+        if seconds < _SECONDS_BETWEEN_LINES or not steps:
+            return
+        per_epoch = self._training.steps_per_epoch
+        config = self._training.config
+        # Without validation, whose time is not known in the first epoch.
+        remaining_seconds = seconds / steps * (len(self._training.rates) - steps_done)
+        _LOG.info(
+            "epoch %d/%d: step %d of %d, %s img/s, %s left",
+            (steps_done - 1) // per_epoch + 1,
+            config.epochs,
+            (steps_done - 1) % per_epoch + 1,
+            per_epoch,
+            f"{steps * config.batch_size / seconds:,.0f}",
+            datetime.timedelta(seconds=round(remaining_seconds)),
+        )
+        self._restart(steps_done)
+
+
+def _is_trained(config: ml_collections.ConfigDict, history: results.History) -> bool:
+    """Tells whether all epochs are trained and validated, or training has stopped early."""
+    stops_early = results.stops_early(config.early_stopping, history.entries)
+    return stops_early or len(history.entries) >= config.epochs
+
+
+def _log_early_stop(config: ml_collections.ConfigDict, history: results.History) -> None:
+    last = len(history.entries)
+    if last < config.epochs:
+        _LOG.info(
+            "training stops early, after epoch %d of %d: the validation error has not fallen for "
+            "%d epochs (early_stopping)",
+            last,
+            config.epochs,
+            config.early_stopping,
+        )
 
 
 def choose_weights(

@@ -284,6 +284,8 @@ def write(folder: pathlib.Path) -> None:
       ValueError: if it holds no results, or those of another kind of job.
     """
     run = report.read(folder, kind="train")
+    # Earlier versions recorded the numbers of a user's file as numbers.
+    run.results["classes"] = [str(name) for name in run.results["classes"]]
     figures = _write_figures(folder, run.config, run.results)
     body = _body(run.config, run.results, figures)
     files.write(folder / "report.md", body + report.footer(run))

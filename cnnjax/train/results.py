@@ -18,7 +18,6 @@ from cnnjax import transfer, weights
 from cnnjax.data.splits import IGNORED
 from cnnjax.runtime import backend, files
 from cnnjax.train import evaluate, report, step
-from cnnjax.train.adopt import EXTENDED
 from cnnjax.train.training import Scored, Training
 
 _LOG = logging.getLogger("cnnjax")
@@ -27,6 +26,8 @@ _MISTAKES = 36
 _SCENES = 6
 # Drawing the curves takes half a second, so they are drawn again after some time only.
 _SECONDS_BETWEEN_CURVES = 30.0
+# Lists the final scores before each extension of a run.
+EXTENDED = "extended.json"
 # TensorBoard looks for names with "tfevents".
 _EVENTS = "events.out.tfevents.0"
 
@@ -76,12 +77,23 @@ class History:
 
     def best(self) -> dict | None:
         """Finds the first epoch of the smallest validation error; None without validation."""
-        measured = [entry for entry in self.entries if "validation_error" in entry]
-        return min(measured, key=lambda entry: entry["validation_error"], default=None)
+        return _best(self.entries)
 
-    def epochs_since_best(self) -> int:
-        best = self.best()
-        return 0 if best is None else len(self.entries) - best["epoch"]
+
+def _best(entries: list[dict]) -> dict | None:
+    measured = [entry for entry in entries if "validation_error" in entry]
+    return min(measured, key=lambda entry: entry["validation_error"], default=None)
+
+
+def stops_early(epochs: int, entries: list[dict]) -> bool:
+    """Tells whether the validation error has not fallen for a number of epochs.
+
+    Args:
+      epochs: as `early_stopping` in the configuration; 0 never stops early.
+      entries: the history.
+    """
+    best = _best(entries)
+    return best is not None and 0 < epochs <= len(entries) - best["epoch"]
 
 
 def write_events(folder: pathlib.Path, entries: list[dict]) -> None:

@@ -201,7 +201,8 @@ def open_run(folder: str | os.PathLike) -> TrainedRun:
         config=config,
         model=model,
         variables=weights.load_torchvision(folder / transfer.WEIGHTS, model),
-        classes=tuple(results["classes"]),
+        # Earlier versions recorded the numbers of a user's file as numbers.
+        classes=tuple(map(str, results["classes"])),
         resize=_resize(config, image_shape),
         **image_settings,
     )
