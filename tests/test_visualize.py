@@ -263,6 +263,23 @@ def test_grad_cam_is_class_activation_mapping_behind_global_average_pooling():
     )
 
 
+def test_grad_cam_sums_maps_of_16_bits_in_32():
+    """In bfloat16, 256 + 1 is 256; so are the 257 channels here, each of which adds 1."""
+
+    class Wide(Network):
+        num_classes: int = 1
+        input_shape: tuple[int, int, int] = (1, 1, 1)
+
+        @nn.nowrap
+        def walk(self, x, train):
+            x = yield "maps", jnp.broadcast_to(x, (*x.shape[:3], 257)).astype(self.dtype)
+            yield "logits", x.sum((1, 2, 3))[:, None]
+
+    heat = visualize.grad_cam(Wide(dtype=jnp.bfloat16), {}, jnp.ones((1, 1, 1, 1)), "maps", 0)
+    assert heat.dtype == jnp.float32
+    assert heat.item() == 257
+
+
 def test_grad_cam_takes_one_class_for_all_images():
     model = Pooled()
     variables = quick.variables(model)
