@@ -52,7 +52,7 @@ def load_pretrained(
     `RuntimeError` if the weights cannot be obtained.
     """
     # All arguments are checked before a download.
-    record = records.find(name, tag)
+    records.find(name, tag)
     if num_classes is not None and not (is_whole(num_classes) and num_classes >= 1):
         raise ValueError(f"num_classes={num_classes!r} is not a positive whole number")
     if not (is_whole(seed) and 0 <= seed <= LARGEST_SEED):
