@@ -25,8 +25,8 @@ from cnnjax.runtime.types import AnyArray
 
 # Taps whose sums are taken in one pass; more do not fit into the registers.
 _TAPS_PER_PASS = 9
-# Taps that are unrolled. A kernel of more is summed in a loop over its rows, since XLA fuses only so
-# many views into one pass, and since its compilation time grows with their number.
+# Taps that are unrolled. A kernel of more is summed in a loop over its rows: XLA fuses only so many
+# views into one pass, and its compilation time grows with their number.
 _MOST_UNROLLED = 128
 
 Range = tuple[int, int]  # positions along an axis, (first, end)
