@@ -20,15 +20,16 @@ from jaxtyping import Float, Integer
 
 from cnnjax import ridge, weights
 from cnnjax.data import splits
-from cnnjax.models import Network, list_models
+from cnnjax.models import Network
 from cnnjax.nn import BatchNorm
 from cnnjax.nn.parameters import eval_shape
 from cnnjax.runtime import workdir
 from cnnjax.runtime.paths import expand_user
+from cnnjax.weights import records
 from cnnjax.weights.files import StateDict
 from cnnjax.weights.torchvision import AUXILIARY, Path, fill, fits, read_for, wanted_shapes
 
-WEIGHTS = "weights.safetensors"  # what a training run leaves in its work directory
+WEIGHTS = records.WEIGHTS
 STRENGTHS = (1.0, 10.0, 100.0, 1000.0, 10_000.0, 100_000.0)
 
 
@@ -237,11 +238,10 @@ def load_initial_weights(
 
     Raises:
       ValueError: if the file lacks one of these variables or has it in another shape, if it holds
-        what the model lacks, if the model lacks a field that the weights need, or if a part matches
-        nothing.
+        what the model lacks, if it is known to need another `transform_input` than the model has,
+        or if a part matches nothing.
     """
     file = weights_file(path)
-    _check_fields(file, model)
     shapes = weights.variable_shapes(model)
     keys = weights.torchvision_keys(shapes)
     if parts:
@@ -282,29 +282,6 @@ def _check_parts(
         raise ValueError(
             f"initial_weights={str(path)!r}: {key} is {problem}; name what is to be taken in "
             f"initial_parts, such as {next(iter(stage_paths(model)))!r}"
-        )
-
-
-def _check_fields(file: pathlib.Path, model: Network) -> None:
-    """Raises `ValueError` if the weights were trained on an input that the model does not make."""
-    is_transformed = getattr(model, "transform_input", None)
-    # Most networks take every input as it is.
-    if is_transformed is None:
-        return
-    record = weights.of_file(file)
-    if record and record.transform_input and not is_transformed:
-        raise ValueError(
-            f"initial_weights={str(file)!r} are {record.network}'s ImageNet weights, which need "
-            "model_fields.transform_input=True"
-        )
-    recorded = workdir.read_record(file.parent, "train") if file.name == WEIGHTS else None
-    # A network of the user's own may set the field by itself, and its file may have been moved.
-    if recorded is None or recorded["model"] not in list_models():
-        return
-    was_transformed = recorded["model_fields"].get("transform_input", False)
-    if was_transformed != is_transformed:
-        raise ValueError(
-            f"initial_weights={str(file)!r} need model_fields.transform_input={was_transformed}"
         )
 
 

@@ -250,6 +250,35 @@ def test_a_large_depthwise_convolution_is_the_small_one(kernel_size, options, mo
     assert_close(dkernel, sum(gradients[2] for gradients in own))
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"padding": 6},
+        {"padding": (5, 6), "stride": (1, 2), "dilation": (2, 1)},
+        {"padding": 6, "stride": (3, 2)},
+    ],
+)
+def test_a_depthwise_kernel_of_many_taps_is_a_loop_over_its_rows(options):
+    """None of the three passes has an operation for each of the 13 x 11 taps.
+
+    Only the input gradient under strides does: its kernels, one for each plane, are short.
+    """
+    x = draw(0, 2, 26, 15, 4)
+    kernel = draw(1, 13, 11, 1, 8)
+
+    def passes(x, kernel):
+        y, vjp = jax.vjp(functools.partial(cnn.conv, groups=4, **options), x, kernel)
+        return y, *vjp(jnp.cos(y))
+
+    results = {}
+    for form in ("reference", "cpu"):
+        with cnn.lowering(form):
+            lowered = jax.jit(passes).lower(x, kernel)
+            results[form] = lowered.compile()(x, kernel)
+    assert lowered.as_text().count("stablehlo.multiply") < 2 * 13 * 11
+    assert_close(results["cpu"], results["reference"])
+
+
 def test_a_form_is_part_of_jits_cache_key():
     """A function is traced once per form, so each call computes in the current form."""
     traces = []

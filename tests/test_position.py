@@ -348,6 +348,22 @@ def test_encoding_is_the_stages_resized_and_joined():
             encode(model, variables, images, ["block3", "block1"], is_registered=is_registered)
 
 
+def test_encoding_copies_variables_to_the_device_once(monkeypatch):
+    model = SmallConvNet(input_shape=(28, 28, 3), layers=((4, 1),))
+    variables = jax.device_get(initialize(model, 28, "conv1"))
+    images = np.zeros((9, 28, 28, 3), np.uint8)
+    given = []
+
+    def joined_stages(model, variables, images, stages, **options):
+        given.append(variables)
+        return [jnp.zeros((len(images), 28, 28, 4))]
+
+    monkeypatch.setattr(encoder, "_joined_stages", joined_stages)
+    encode(model, variables, images, ["conv1"])
+    assert len(given) == 2
+    assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(given))
+
+
 def test_images_of_a_later_call_have_noise_of_their_own():
     model = SmallConvNet(padding="random", input_shape=(28, 28, 3), layers=((4, 1),))
     variables = initialize(model.clone(padding="zeros"), 28, "conv1")

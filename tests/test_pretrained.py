@@ -29,7 +29,7 @@ from cnnjax.runtime import files, imagenet
 from cnnjax.train import run as train
 from cnnjax.train.parallel import Parallel
 from cnnjax.weights import __main__ as listing
-from cnnjax.weights import download, preprocessing
+from cnnjax.weights import download, preprocessing, records
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 PHOTOGRAPHS = pathlib.Path(skimage.__file__).parent / "data"
@@ -267,7 +267,7 @@ def test_pytorchs_cache_comes_first_and_its_hash_is_checked(caches, monkeypatch)
         cnnjax.load_pretrained("alexnet")
     prefix = hashlib.sha256(content).hexdigest()[:8]
     record = dataclasses.replace(weights.find("alexnet"), file=f"alexnet-owt-{prefix}.pth")
-    monkeypatch.setattr("cnnjax.weights.records.of_file", lambda path: record)
+    monkeypatch.setattr("cnnjax.weights.records.of_name", lambda path: record)
     assert "base" in weights.read(path)
 
 
@@ -448,7 +448,6 @@ def test_networks_of_google_convert_their_input(name, stage):
     plain = create_model(name, aux_logits=False)
     fields = weights.fields_for(name, "imagenet")
     assert fields == weights.fields_for(name, weights.find(name).file)
-    assert weights.fields_for(name, "mine.pth") == {}
     converting = create_model(name, **fields)
     assert converting == plain.clone(transform_input=True)
 
@@ -466,12 +465,58 @@ def test_networks_of_google_convert_their_input(name, stage):
     np.testing.assert_allclose(run(converting, normalized), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_published_weights_are_not_taken_by_a_network_without_the_conversion(tmp_path):
-    path = tmp_path / "googlenet-1378be20.pth"
-    path.touch()
+@pytest.fixture
+def renamed(monkeypatch, tmp_path):
+    """Returns a file that has the content, and not the name, of GoogLeNet's published weights."""
+    content = (GOLDEN / "kinds.pth").read_bytes()
+    path = tmp_path / "renamed.pth"
+    path.write_bytes(content)
+    prefix = hashlib.sha256(content).hexdigest()[:8]
+    monkeypatch.setitem(records._V1, "googlenet", (f"googlenet-{prefix}", 69.778, 89.530))
+    return path
+
+
+def test_a_published_file_is_recognized_whatever_its_name(renamed, monkeypatch):
+    assert weights.of_file(renamed) == weights.find("googlenet")
+    monkeypatch.setenv("HOME", str(renamed.parent))
+    assert weights.fields_for("googlenet", "~/renamed.pth") == weights.find("googlenet").fields
+    assert classifier.published("googlenet", path=str(renamed)).published["top-1"] == 69.778
+    renamed.write_bytes(renamed.read_bytes() + b"0")
+    assert weights.of_file(renamed) is None
+
+
+def test_files_that_do_not_tell_are_assumed_not_to_convert_and_a_warning_says_so(tmp_path, caplog):
+    path = tmp_path / "mine.pth"
+    for _ in range(2):
+        fields = weights.fields_for("inception_v3", path)
+        assert fields == {"transform_input": False, "aux_logits": False}
+    (message,) = caplog.messages
+    assert message.startswith(f"{path} is not a published file of inception_v3: transform_input=Fa")
+    fields = weights.fields_for("inception_v3", path, transform_input=True)
+    assert fields == {"transform_input": True, "aux_logits": False}
+    for name, source in (("resnet18", path), ("inception_v3", "random")):
+        assert weights.fields_for(name, source) == {}
+    assert len(caplog.messages) == 1
+
+
+@pytest.mark.slow
+def test_load_pretrained_is_told_how_a_file_was_trained(tmp_path):
+    path = tmp_path / "mine.safetensors"
+    weights.save_torchvision(numbered(create_model("googlenet", aux_logits=False)), path)
+    for given, expected in ((None, False), (False, False), (True, True)):
+        model, _ = cnnjax.load_pretrained("googlenet", path=path, transform_input=given)
+        assert model.transform_input == expected
+
+
+def test_published_weights_are_not_taken_by_a_network_without_the_conversion(renamed):
     model = create_model("googlenet", num_classes=10)
-    with pytest.raises(ValueError, match="need model_fields.transform_input=True"):
-        transfer.load_initial_weights(path, model)
+    message = "needs a model with transform_input=True"
+    with pytest.raises(ValueError, match=f"^initial_weights=.*{message}"):
+        transfer.load_initial_weights(renamed, model)
+    with pytest.raises(ValueError, match=f"^weights=.*{message}"):
+        weights.load_torchvision(renamed, model)
+    with pytest.raises(ValueError, match=f"^weights=.*{message}"):
+        cnnjax.load_pretrained("googlenet", path=renamed, transform_input=False)
 
 
 @pytest.mark.parametrize("was_transformed", [True, False])
@@ -481,9 +526,11 @@ def test_a_runs_weights_are_not_taken_by_a_network_of_another_input(was_transfor
     config = {"kind": "train", "model": "googlenet", "model_fields": fields}
     files.write_json(tmp_path / "run" / "config.json", config)
     model = create_model("googlenet", num_classes=10, transform_input=not was_transformed)
-    message = f"need model_fields.transform_input={was_transformed}"
+    message = f"needs a model with transform_input={was_transformed}"
     with pytest.raises(ValueError, match=message):
         transfer.load_initial_weights(tmp_path / "run", model)
+    fields = weights.fields_for("googlenet", tmp_path / "run" / transfer.WEIGHTS)
+    assert fields == {"transform_input": was_transformed, "aux_logits": False}
 
 
 @pytest.mark.parametrize(
@@ -506,6 +553,12 @@ def test_a_runs_weights_are_not_taken_by_a_network_of_another_input(was_transfor
             "tag=None is not one of resnet50's: imagenet1k_v1, imagenet1k_",
         ),
         ("resnet50", {"tag": 2}, "tag=2 is not one of resnet50's"),
+        (
+            "resnet50",
+            {"transform_input": True},
+            "transform_input=True is not a field of resnet50; it is one of googlenet and inception",
+        ),
+        ("googlenet", {"transform_input": 1}, "transform_input=1 is not True, False or None"),
         (["resnet50"], {}, r"model=\['resnet50'\] has no published ImageNet weights"),
     ],
 )

@@ -398,6 +398,21 @@ def test_both_lowerings_agree_and_gradients_are_finite(sampling):
         np.testing.assert_allclose(gradient, plain, atol=1e-4 * np.abs(plain).max())
 
 
+def test_only_a_dense_layer_on_a_flattened_map_depends_on_sampling_and_only_without_padding():
+    """The filter of `blur` loses its border there."""
+
+    def shapes(sampling, padding):
+        model = create_model("lenet", sampling=sampling, padding=padding)
+        flat = flax.traverse_util.flatten_dict(weights.variable_shapes(model))
+        return {path: leaf.shape for path, leaf in flat.items()}
+
+    assert shapes("blur", "zeros") == shapes("stride", "zeros")
+    blurred = shapes("blur", "none")
+    strided = shapes("stride", "none")
+    different = [path for path in strided if blurred[path] != strided[path]]
+    assert different == [("params", "linear1", "kernel")]
+
+
 def test_torchvisions_weights_load_under_every_sampling(tmp_path):
     model = create_model("squeezenet1_1")
     variables = quick.variables(model)

@@ -25,7 +25,7 @@ from cnnjax.nn import FILLS, Conv, Dense, global_avg_pool, max_pool, relu, relu_
 from cnnjax.runtime import files, workdir
 from cnnjax.train.run import open_run
 from cnnjax.visualize import __main__ as options
-from cnnjax.visualize import commands, figures, gradients, stages, subject
+from cnnjax.visualize import commands, figures, gradients, occluders, stages, subject
 from cnnjax.weights import load_torchvision, save_torchvision
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
@@ -263,6 +263,23 @@ def test_grad_cam_is_class_activation_mapping_behind_global_average_pooling():
     )
 
 
+def test_grad_cam_sums_maps_of_16_bits_in_32():
+    """In bfloat16, 256 + 1 is 256; so are the 257 channels here, each of which adds 1."""
+
+    class Wide(Network):
+        num_classes: int = 1
+        input_shape: tuple[int, int, int] = (1, 1, 1)
+
+        @nn.nowrap
+        def walk(self, x, train):
+            x = yield "maps", jnp.broadcast_to(x, (*x.shape[:3], 257)).astype(self.dtype)
+            yield "logits", x.sum((1, 2, 3))[:, None]
+
+    heat = visualize.grad_cam(Wide(dtype=jnp.bfloat16), {}, jnp.ones((1, 1, 1, 1)), "maps", 0)
+    assert heat.dtype == jnp.float32
+    assert heat.item() == 257
+
+
 def test_grad_cam_takes_one_class_for_all_images():
     model = Pooled()
     variables = quick.variables(model)
@@ -322,6 +339,19 @@ def test_a_network_given_its_own_map_is_the_network(name, stage):
     np.testing.assert_allclose(joined, whole, rtol=1e-5, atol=1e-5)
     # Another map changes the logits.
     assert jnp.abs(changed - whole).max() > 0.1 * jnp.abs(whole).max() > 0
+
+
+def test_occlusion_copies_variables_to_the_device_once(monkeypatch):
+    given = []
+
+    def logits(model, variables, image, **places):
+        given.extend(jax.tree.leaves(variables))
+        return np.zeros((16, 2))
+
+    monkeypatch.setattr(occluders, "_occluded_logits", logits)
+    variables = {"params": {"fc": {"kernel": np.zeros((12 * 15, 2), np.float32)}}}
+    visualize.occlusion(Linear(), variables, jnp.ones((12, 15, 1)), 4, 2)
+    assert len(given) == 2 and all(isinstance(kernel, jax.Array) for kernel in given)
 
 
 def test_occlusion_finds_the_region_that_a_linear_network_reads():
@@ -899,6 +929,7 @@ def test_a_run_is_shown_as_predict_reads_and_judges_it(loss, run, folder, tmp_pa
     arguments += ["--photographs", str(folder), "--images", "2"]
     of_run = subject.Subject(options._parse(arguments))
     network = classifier.trained(changed)
+    assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(of_run.variables))
     images = of_run.photographs()
     expected = np.stack([network.read(path) for path in of_run.paths])
     np.testing.assert_array_equal(images, np.repeat(expected, 3, 3))

@@ -13,7 +13,8 @@ One word for a whole model says how the dense map is reduced:
 As in the authors' code, a convolution is sampled after its activation, a max-pool is computed
 densely, and under the filters an average pool is the filter alone. The small map has the size that
 'stride' gives. Only under the fill 'none', which also drops the filter's border, is a filtered map
-smaller. Parameters do not depend on the policy.
+smaller, and with it a dense layer on a flattened map, such as LeNet's. No other parameters depend
+on the policy.
 """
 
 import math

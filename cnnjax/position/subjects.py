@@ -88,7 +88,8 @@ class Subject:
 
     def __init__(self, name: str, size: int, file: str | None, missing: tuple[str, ...]):
         self.size = size
-        self.model = create_model(name)
+        fields = {} if file is None else weights.fields_for(name, file)
+        self.model = create_model(name, **fields)
         self.stages = known_stages(self.model, size, missing)
         self.margin = patterns.common_margin(self.model, self.stages, size)
         self.loaded = None

@@ -106,7 +106,8 @@ class TrainedRun:
     Attributes:
       config: the run's configuration; that of the first run for a combination.
       model: its network.
-      variables: the trained variables, host arrays.
+      variables: the trained variables, host arrays: NumPy's. Before many calls, copy them to the
+        device with `jax.device_put`; otherwise, every call does.
       classes: the classes' names.
       mean: the mean that pixels of 0 to 1 are normalized by, float32 [channels].
       std: the standard deviation that they are normalized by, likewise.

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
-from jaxtyping import Array, Float, Int, Shaped
+from jaxtyping import Array, Float, Float32, Int, Shaped
 
 from cnnjax import inspect, weights
 from cnnjax.data import augment
@@ -139,12 +139,12 @@ def peaks(
     variables: dict,
     images: Float[AnyArray, "batch height width channels"],
     stage: str,
-) -> tuple[Float[np.ndarray, "batch units"], Int[np.ndarray, "batch units 2"]]:
+) -> tuple[Float32[np.ndarray, "batch units"], Int[np.ndarray, "batch units 2"]]:
     """Finds each channel's largest activation on each image, and its row and column.
 
     Raises `ValueError` if there is no such stage.
     """
-    maps = np.asarray(activations(model, variables, images, stage))
+    maps = np.asarray(activations(model, variables, images, stage), np.float32)
     flat = maps.reshape(len(maps), -1, maps.shape[-1])
     places = np.divmod(flat.argmax(1), maps.shape[2])
     return flat.max(1), np.stack(places, -1)

@@ -53,8 +53,9 @@ class Subject:
         if options.images is not None:
             found = photographs.list_photographs(options.photographs)
             self.paths = spread(found, options.images or len(found))
-        if options.run is None:
-            self.variables = _variables(self.model, options)
+        variables = _variables(self.model, options) if self.run is None else self.run.variables
+        # Weights of files are NumPy arrays, which every call would copy.
+        self.variables = jax.device_put(variables)
 
     def _open_run(self, folder):
         run = open_run(folder)
@@ -67,7 +68,6 @@ class Subject:
             self.model = self.model.clone(sampling=self.options.sampling)
         if self.options.every_layer:
             self.model = _with_every_layer(self.model, self.name)
-        self.variables = run.variables
         self.classes = run.classes
         self.moments = run.moments
         self.multi_label = run.multi_label

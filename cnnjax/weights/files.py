@@ -118,7 +118,7 @@ def read(
             f"{argument}={str(path)!r} is not a file; expected a safetensors or .pth file with "
             "torchvision's names"
         )
-    record = records.of_file(path)
+    record = records.of_name(path)
     # The Hugging Face hub has the same numbers in files of another format.
     if record and path.suffix in _PTH_SUFFIXES:
         records.check_sha256(path, record.sha256)

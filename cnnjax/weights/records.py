@@ -3,13 +3,21 @@
 import dataclasses
 import difflib
 import functools
+import logging
 import os
 import pathlib
 
-from cnnjax.runtime.paths import sha256
+from cnnjax.runtime import workdir
+from cnnjax.runtime.paths import expand_user, sha256
+from cnnjax.runtime.progress import log_once
+from cnnjax.weights import pth
 
 V1 = "imagenet1k_v1"
 V2 = "imagenet1k_v2"
+# Networks whose published weights were trained on pixels normalized by 0.5 and 0.5, so that they
+# convert their input. They alone have the field `transform_input`.
+CONVERTING = ("googlenet", "inception_v3")
+WEIGHTS = "weights.safetensors"  # what a training run leaves in its work directory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,12 +59,8 @@ class Record:
 
     @property
     def fields(self) -> dict[str, bool]:
-        """Returns the fields that a network needs to use these weights.
-
-        Networks that convert their input also have auxiliary heads in the file, which only training
-        uses, and which torchvision never trained for GoogLeNet.
-        """
-        return {"transform_input": True, "aux_logits": False} if self.transform_input else {}
+        """Returns the fields that a network needs to use these weights, as `fields_for`."""
+        return _fields(self.transform_input) if self.network in CONVERTING else {}
 
     def resized(self, resize: int | None) -> "Record":
         """Returns the record with another `resize`; with None, the record itself.
@@ -140,7 +144,7 @@ def _record(network: str, tag: str) -> Record:
         resize=resize,
         crop=crop,
         hub=hub,
-        transform_input=network in ("googlenet", "inception_v3"),
+        transform_input=network in CONVERTING,
     )
 
 
@@ -170,15 +174,33 @@ def find(name: str, tag: str = V1) -> Record:
     return _record(name, tag.lower())
 
 
-def of_file(path: str | os.PathLike) -> Record | None:
-    """Returns the record of a published file; None for any other file.
+def of_name(path: str | os.PathLike) -> Record | None:
+    """Returns the record of a published file; None if its path is not that of one.
 
-    It is recognized by torchvision's name, or by its folder in the Hugging Face cache.
+    It is recognized by torchvision's name, or by its folder in the Hugging Face cache. The file is
+    not read.
     """
     path = pathlib.Path(path)
     for record in list_weights():
         hub_folder = f"models--{record.hub.replace('/', '--')}" if record.hub else None
         if record.file == path.name or hub_folder in path.parts:
+            return record
+    return None
+
+
+def of_file(path: str | os.PathLike) -> Record | None:
+    """Returns the record of a published file; None for any other file.
+
+    It is recognized by its path, as in `of_name`, or, whatever its name, by torchvision's SHA-256.
+    """
+    record = of_name(path)
+    path = expand_user(path)
+    # torchvision publishes .pth files only.
+    if record is not None or not path.is_file() or not pth.is_pth(path):
+        return record
+    digest = sha256(path)
+    for record in list_weights():
+        if digest.startswith(record.sha256):
             return record
     return None
 
@@ -193,13 +215,54 @@ def check_sha256(path: pathlib.Path, prefix: str) -> None:
         )
 
 
-def fields_for(name: str, source: str | os.PathLike) -> dict[str, bool]:
+def transforms_input(path: str | os.PathLike) -> bool | None:
+    """Tells whether the network of a weights file converts its input.
+
+    Published files tell (`of_file`), and those in the work directories of training runs with
+    GoogLeNet or Inception v3. None stands for all others: tensors do not show it.
+    """
+    record = of_file(path)
+    if record is not None:
+        return record.transform_input
+    path = expand_user(path)
+    recorded = workdir.read_record(path.parent, "train") if path.name == WEIGHTS else None
+    # A network of the user's own may set the field by itself.
+    if recorded is None or recorded["model"] not in CONVERTING:
+        return None
+    return recorded["model_fields"].get("transform_input", False)
+
+
+def fields_for(
+    name: str, source: str | os.PathLike, transform_input: bool | None = None
+) -> dict[str, bool]:
     """Returns the fields that a network needs for weights from `source`.
 
-    `source` is "imagenet" or a file, which is recognized as in `of_file`.
+    GoogLeNet and Inception v3 need `transform_input` as their weights were trained. They are built
+    without auxiliary heads, which only training uses, and which torchvision never trained for
+    GoogLeNet. Other networks need no fields, nor do random weights.
+
+    Args:
+      name: the network.
+      source: "imagenet", "random" or a file.
+      transform_input: whether the network of the file converts its input; unless given, as
+        `transforms_input` tells. If it does not, False is assumed, and a warning logged.
     """
-    record = find(name) if source == "imagenet" else of_file(source)
-    return record.fields if record and record.network == name else {}
+    if name not in CONVERTING or source == "random":
+        return {}
+    if transform_input is None:
+        transform_input = True if source == "imagenet" else transforms_input(source)
+    if transform_input is None:
+        transform_input = False
+        log_once(
+            logging.WARNING,
+            f"{source} is not a published file of {name}: transform_input=False is assumed; if it "
+            "was trained with True, use cnnjax.load_pretrained(..., transform_input=True)",
+        )
+    return _fields(transform_input)
+
+
+def _fields(transform_input: bool) -> dict[str, bool]:
+    return {"transform_input": transform_input, "aux_logits": False}
 
 
 @functools.cache

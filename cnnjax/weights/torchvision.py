@@ -20,7 +20,7 @@ import numpy as np
 from cnnjax.models import Network
 from cnnjax.nn.parameters import eval_shape
 from cnnjax.runtime.paths import expand_user
-from cnnjax.weights import files
+from cnnjax.weights import files, records
 
 Path = tuple[str, ...]  # of a variable in a network's tree
 
@@ -264,9 +264,11 @@ def load_torchvision(
         "classifier.6.bias", that the file is known not to hold; the result lacks them.
       argument: what errors call `path`.
 
-    Returns {"params": ..., "batch_stats": ...}, float32 host arrays.
+    Returns {"params": ..., "batch_stats": ...}, float32 host arrays: NumPy's. Before many calls,
+    copy them to the device with `jax.device_put`; otherwise, every call does.
 
-    Raises `FileNotFoundError` if there is no such file, and `ValueError` if it does not fit.
+    Raises `FileNotFoundError` if there is no such file, and `ValueError` if it does not fit, or if
+    it is known to need another `transform_input` than the model has.
     """
     if isinstance(missing, str):
         missing = (missing,)
@@ -281,6 +283,15 @@ def read_for(model: Network, path: str | os.PathLike, argument: str) -> files.St
     The names of the model stay as they are. Arguments and errors are those of `load_torchvision`.
     """
     tensors = files.read(path, torchvision_keys(variable_shapes(model)), argument)
+    is_transformed = getattr(model, "transform_input", None)
+    # Most networks take every input as it is.
+    if is_transformed is not None:
+        was_transformed = records.transforms_input(path)
+        if was_transformed is not None and was_transformed != is_transformed:
+            raise ValueError(
+                f"{argument}={str(path)!r} needs a model with transform_input={was_transformed} "
+                "(in configurations, model_fields.transform_input)"
+            )
     if not getattr(model, "aux_logits", True):
         tensors = tensors.without(AUXILIARY)
     return tensors
