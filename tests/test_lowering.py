@@ -216,6 +216,40 @@ def test_bfloat16_is_kept_and_no_rank_is_promoted(form):
         assert output.dtype == jnp.bfloat16, name
 
 
+# Padding with "random" draws other numbers in another type.
+LAYERS = [
+    name
+    for name in OPERATIONS
+    if name.startswith(("conv,", "Dense", "BatchNorm"))
+    and name not in {*PADDED_ALIKE, "conv, fill random"}
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*LAYERS, "add_bias"])
+def test_gradients_in_bfloat16_are_nearly_those_in_float32(name):
+    """A sum over many positions in bfloat16 would lose its second digit."""
+    function, shapes = OPERATIONS.get(name, (cnn.add_bias, [(4, 7, 6, 4), (4,)]))
+    rounded = [
+        draw(seed, *shape, dtype=jnp.bfloat16)
+        for seed, shape in enumerate([(256, *shapes[0][1:]), *shapes[1:]])
+    ]
+
+    @jax.jit
+    def gradients(*arguments):
+        y, vjp = jax.vjp(function, *arguments)
+        dy = lambda leaf: draw(9, *leaf.shape, dtype=jnp.bfloat16).astype(leaf.dtype)
+        return vjp(jax.tree.map(dy, y))
+
+    for form in ("cpu", "reference"):
+        with cnn.lowering(form):
+            exact = gradients(*(argument.astype(jnp.float32) for argument in rounded))
+            for gradient, expected in zip(gradients(*rounded), exact, strict=True):
+                assert gradient.dtype == jnp.bfloat16
+                error = np.linalg.norm(gradient.astype(jnp.float32) - expected)
+                assert error <= 0.01 * np.linalg.norm(expected)
+
+
 @pytest.mark.parametrize(
     ("kernel_size", "options"),
     [

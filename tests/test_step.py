@@ -157,7 +157,7 @@ def test_images_are_normalized_as_the_key_says():
 
 
 def test_an_image_is_augmented_by_its_seed_step_and_place():
-    recipe = step.Recipe(Linear(num_classes=5), augment=(("crop", 3), ("flip", True)))
+    recipe = step.Recipe(Linear(num_classes=5), augment=(("colour", 0.1), ("crop", 2)))
     images, labels = some_data(1)
     batch = dataclasses.replace(
         some_batch(), images=images.repeat(4, 0), labels=labels.repeat(4, 0)

@@ -19,7 +19,7 @@ from cnnjax.nn.cpu.conv import (
 )
 from cnnjax.nn.cpu.linear import vary_alike
 from cnnjax.nn.cpu.sums import channel_sums
-from cnnjax.nn.geometry import Window
+from cnnjax.nn.geometry import Window, widen
 from cnnjax.runtime.types import AnyArray
 
 # Taps whose sums are taken in one pass; more do not fit into the registers.
@@ -58,10 +58,8 @@ def _join(arrays, axis):
 
 
 def _add_taps(padded, kernel, window):
-    # Sums of 16-bit types lose their digits: in bfloat16, 256 + 1 is 256.
-    dtype = jnp.float32 if jnp.finfo(padded.dtype).bits < 32 else padded.dtype
-    scales = kernel.reshape(kernel.shape[0] * kernel.shape[1], kernel.shape[3]).astype(dtype)
-    views = _views(padded.astype(dtype), kernel.shape[:2], window)
+    scales = widen(kernel.reshape(kernel.shape[0] * kernel.shape[1], kernel.shape[3]))
+    views = _views(widen(padded), kernel.shape[:2], window)
     scaled = (view * jnp.broadcast_to(scale, view.shape) for view, scale in zip(views, scales))
     return functools.reduce(operator.add, scaled).astype(padded.dtype)
 
@@ -99,13 +97,14 @@ def _kernel_gradient(x, kernel_shape, window, dy):
     piece_gradients = []
     for piece in itertools.chain(*_pieces(x, kernel_size, window, dy.shape[1:3])):
         (top, bottom), (left, right) = piece
-        padded = _read(x, kernel_size, window, piece)
-        dy_piece = dy[:, top:bottom, left:right]
+        padded = widen(_read(x, kernel_size, window, piece))
+        dy_piece = widen(dy[:, top:bottom, left:right])
         products = [view * dy_piece for view in _views(padded, kernel_size, window)]
         starts = range(0, len(products), _TAPS_PER_PASS)
         sums = [channel_sums(products[start : start + _TAPS_PER_PASS]) for start in starts]
         piece_gradients.append(jnp.concatenate(sums))
-    return functools.reduce(operator.add, piece_gradients).reshape(kernel_shape)
+    gradient = functools.reduce(operator.add, piece_gradients).reshape(kernel_shape)
+    return gradient.astype(dy.dtype)
 
 
 _depthwise = with_gradients(_shift_and_add, _input_gradient, _kernel_gradient)
