@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from test_train import CONSTANTS, MOMENTS, NUMBERS, Tiny, one_step, some_data
 
@@ -266,9 +267,9 @@ def test_a_step_in_bfloat16_is_nearly_that_in_float32(form):
         with lowering(form):
             before, after[dtype] = one_step(step.Recipe(model), numbers, images, labels)
     plain, rounded = after.values()
-    np.testing.assert_allclose(rounded.totals["loss"], plain.totals["loss"], rtol=0.01)
-    for name, tree in (("params", before.params), ("batch_stats", before.batch_stats)):
-        changes = [jax.tree.map(np.subtract, getattr(s, name), tree) for s in (plain, rounded)]
-        for exact, other in zip(*map(jax.tree.leaves, changes), strict=True):
-            assert other.dtype == np.float32
-            assert np.linalg.norm(other - exact) < 0.05 * np.linalg.norm(exact)
+    np.testing.assert_allclose(rounded.totals["loss"], plain.totals["loss"], rtol=1e-3)
+    for name, tolerance in (("params", 0.15), ("batch_stats", 0.01)):
+        start, exact, other = (getattr(state, name) for state in (before, plain, rounded))
+        assert {leaf.dtype for leaf in jax.tree.leaves(other)} == {np.dtype(np.float32)}
+        distance = lambda one, other: optax.global_norm(jax.tree.map(np.subtract, one, other))
+        assert distance(other, exact) < tolerance * distance(start, exact)

@@ -182,6 +182,7 @@ def test_frozen_parameters_and_statistics_stay_to_the_bit_and_have_no_optimizer_
     assert changed(before.params, after.params) == TRAINED
     assert changed(before.ema, after.ema) == TRAINED
     assert changed(before.batch_stats, after.batch_stats) == {"bn2.mean", "bn2.var"}
+    assert changed(before.ema_batch_stats, after.ema_batch_stats) == {"bn2.mean", "bn2.var"}
     trained = {name: after.params[name] for name in ("conv2", "bn2", "fc")}
     momenta = [leaf.shape for leaf in jax.tree.leaves(after.opt_state) if leaf.ndim]
     assert sorted(momenta) == sorted(leaf.shape for leaf in jax.tree.leaves(trained))
