@@ -271,5 +271,5 @@ def test_a_step_in_bfloat16_is_nearly_that_in_float32(form):
     for name, tolerance in (("params", 0.15), ("batch_stats", 0.01)):
         start, exact, other = (getattr(state, name) for state in (before, plain, rounded))
         assert {leaf.dtype for leaf in jax.tree.leaves(other)} == {np.dtype(np.float32)}
-        distance = lambda one, other: optax.global_norm(jax.tree.map(np.subtract, one, other))
+        distance = lambda one, other: optax.tree.norm(jax.tree.map(np.subtract, one, other))
         assert distance(other, exact) < tolerance * distance(start, exact)
