@@ -63,7 +63,7 @@ def as_batch(images, labels, learning_rate) -> step.Batch:
 def steps(recipe, numbers=None, count=3, rate=0.1, pretrained=None):
     """Trains for a few steps on one batch; returns the states before and after."""
     images, labels = small_batch()
-    numbers = numbers or step.Numbers(seed=1, weight_decay=1e-2, ema_decay=0.5)
+    numbers = numbers or step.Numbers(seed=1, weight_decay=1e-2, ema_decay=0.9)
     before = step.init(recipe, (8, 8, 3), numbers, pretrained)
     state = before
     run = jax.jit(

@@ -365,9 +365,7 @@ def _accumulate(recipe: Recipe, state: State, numbers: Numbers, images, labels, 
     return dataclasses.replace(total, grads=mean)
 
 
-def _split_frozen(
-    recipe: Recipe, variables: dict, collection: str = "params"
-) -> tuple[dict, dict]:
+def _split_frozen(recipe: Recipe, variables: dict, collection: str = "params") -> tuple[dict, dict]:
     """Splits the variables of a collection into those of trained and those of frozen parts."""
     return transfer.split(variables, recipe.frozen_paths(), collection)
 
@@ -444,7 +442,7 @@ def _update(
     params = transfer.merge(trained, frozen)
     ema = None
     ema_batch_stats = None
-    if recipe.ema:
+    if state.ema is not None and state.ema_batch_stats is not None:
         ema = _move_average(recipe, numbers, state.ema, params, "params")
         ema_batch_stats = _move_average(
             recipe, numbers, state.ema_batch_stats, gradients.batch_stats, "batch_stats"
