@@ -704,12 +704,12 @@ def test_training_ends_early(worse_after_first_epoch, tmp_path):
 @pytest.mark.slow
 def test_a_reduced_rate_is_that_of_the_next_steps(worse_after_first_epoch, tmp_path):
     """A plateau after the second epoch trains as a schedule that has the lower rate from there."""
-    plateau = {"schedule.name": "plateau", "schedule.patience": 0}
-    table = {"schedule.name": "step", "schedule.epochs": (2,)}
+    plateau = {"schedule.name": "plateau", "schedule.patience": 0, "schedule.factor": 0.25}
+    table = {"schedule.name": "step", "schedule.epochs": (2,), "schedule.factor": 0.25}
     runs = {}
     for name, changes in (("plateau", plateau), ("step", table), ("constant", {})):
-        options = {"schedule.factor": 0.25, "final_weights": "last", **changes}
-        runs[name] = train_here(tmp_path / name, epochs=4, **options)["history"]
+        results = train_here(tmp_path / name, epochs=4, final_weights="last", **changes)
+        runs[name] = results["history"]
     rates = [entry["learning_rate"] for entry in runs["plateau"]]
     # The third epoch is worse again.
     np.testing.assert_allclose(rates, [0.1, 0.1, 0.025, 0.00625], rtol=1e-6)
