@@ -3,6 +3,7 @@
 import argparse
 import concurrent.futures
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
@@ -27,6 +28,7 @@ class Classifier:
       published: its published accuracies in percent, by name; {} if there are none.
       classes: the names of its classes.
       multi_label: whether a photograph may have several classes.
+      views: the number of views of a photograph to average (`cnnjax.data.augment.views`).
       read: decodes, resizes and crops a file to uint8 [height, width, channels].
       moments: the mean and standard deviation that pixels of 0 to 1 are normalized by.
       load: loads the network and its variables.
@@ -36,6 +38,7 @@ class Classifier:
     published: dict[str, float]
     classes: tuple[str, ...]
     multi_label: bool
+    views: int
     read: Callable[[pathlib.Path], np.ndarray]
     moments: tuple[np.ndarray, np.ndarray]
     load: Callable[[], tuple["Network", dict]]
@@ -70,6 +73,7 @@ def published(
         published=accuracies,
         classes=records.imagenet_classes(),
         multi_label=False,
+        views=1,
         read=lambda file: resize_and_crop(open_rgb(file), resized),
         moments=imagenet.MOMENTS,
         load=lambda: load_pretrained(name, tag=record.tag, path=path),
@@ -96,7 +100,7 @@ def _find_record(name: str, tag: str | None, path: str | None) -> tuple[records.
 
 
 def trained(folder: pathlib.Path) -> Classifier:
-    """Returns the network of a finished training run.
+    """Returns the network of a finished training run, with as many views as it was tested with.
 
     Raises `ValueError` if the folder holds no finished training run, or if the run labels pixels or
     takes images whose channels photographs do not have.
@@ -115,7 +119,8 @@ def trained(folder: pathlib.Path) -> Classifier:
         published={},
         classes=run.classes,
         multi_label=run.multi_label,
-        read=run.read,
+        views=run.config.test_views,
+        read=functools.partial(run.read, views=run.config.test_views),
         moments=run.moments,
         load=lambda: (run.model, run.variables),
     )
@@ -126,6 +131,8 @@ def logits(
 ) -> Iterator[np.ndarray]:
     """Yields the logits of photographs, [batch, classes], in order.
 
+    With several views of a photograph, they are the logarithms of its mean probabilities.
+
     Args:
       classifier: the network.
       files: the photographs.
@@ -135,7 +142,7 @@ def logits(
     Raises `ValueError` before anything is computed if a file is not an image, and, after the
     batches before it, if an image cannot be decoded completely.
     """
-    from cnnjax.train.evaluate import predict_batches
+    from cnnjax.train.evaluate import averaged, predict_batches
 
     _check_headers(files)
     # Batches are filled up to their size: a few photographs would be computed as a full batch.
@@ -148,6 +155,7 @@ def logits(
         parallel.replicate(classifier.moments),
         batches=_batches(classifier, files, batch_size),
         batch_size=batch_size,
+        output=averaged(classifier.views),
     )
 
 

@@ -16,8 +16,9 @@ For ImageNet's classes, it may also be
 - FOLDER/NUMBER_IMAGE, where every file name begins with the class's number (000_tench.jpg).
 
 Photographs are resized, cropped and normalized as the weights expect; those that are cropped
-already need `--resize 224` with published weights. They are decoded while the devices compute, and
-each batch is divided over all devices.
+already need `--resize 224` with published weights. A run with `test_views` averages as many views
+of each photograph. Photographs are decoded while the devices compute, and each batch is divided
+over all devices.
 """
 
 import argparse
@@ -190,7 +191,8 @@ def _work(options: argparse.Namespace) -> None:
     else:
         files, labels = list_classes(data_dir, network.classes)
     accuracies = evaluate(network, files, labels, options.batch_size)
-    print(f"{network.title}, {len(files):,} photographs")
+    views = "" if network.views == 1 else f", {network.views} views of each"
+    print(f"{network.title}, {len(files):,} photographs{views}")
     for name, accuracy in accuracies.items():
         line = f"{name} {accuracy:6.2f} %"
         if name in network.published:

@@ -171,7 +171,8 @@ def _default_workdir(
 ) -> pathlib.Path:
     """Returns runs/NAME, or runs/NAME-DIGEST for a changed configuration.
 
-    So a changed configuration has its own folder, which does not depend on where the project is.
+    The digest is that of the keys whose values differ from those of the configuration file. So it
+    depends neither on keys that other versions have, nor on where the project is.
 
     Args:
       options: as `parse` returns them.
@@ -184,18 +185,24 @@ def _default_workdir(
     def folder_for(keys):
         return folder.with_name(f"{folder.name}-{files.digest(keys)}")
 
-    def keys_of(changes):
-        return name_model_file(configuration.override(original, changes)).to_dict()
+    def change(overrides):
+        return name_model_file(configuration.override(original, overrides))
 
-    all_keys = keys_of(options.overrides)
-    # Earlier versions hashed more; their work directories are found first.
-    for earlier in (folder_for(all_keys), folder_for(_movable(all_keys))):
+    naming = {key: value for key, value in options.overrides.items() if key not in _UNNAMED_KEYS}
+    # Earlier versions hashed all keys; their work directories are found first.
+    all_keys = change(options.overrides).to_dict()
+    for keys in (all_keys, _movable(all_keys), _movable(change(naming).to_dict())):
+        earlier = folder_for(keys)
         if earlier.is_dir():
             return earlier
-    naming = {key: value for key, value in options.overrides.items() if key not in _UNNAMED_KEYS}
-    if not naming:
+    before = configuration.flatten(change({}))
+    after = configuration.flatten(change(naming))
+    changed = {
+        key: value for key, value in after.items() if key not in before or value != before[key]
+    }
+    if not changed:
         return folder
-    return folder_for(_movable(keys_of(naming)))
+    return folder_for(_movable(changed))
 
 
 def _movable(keys: dict) -> dict:

@@ -4,7 +4,8 @@
     python -m cnnjax.predict runs/mine photo.jpg folder ...
 
 The first form uses published ImageNet weights, found on this machine or downloaded; the second the
-network of a finished training run. Photographs are prepared as the network was trained.
+network of a finished training run. Photographs are prepared as the network was trained; a run with
+`test_views` averages as many views of each.
 """
 
 import argparse

@@ -216,6 +216,55 @@ def test_bfloat16_is_kept_and_no_rank_is_promoted(form):
         assert output.dtype == jnp.bfloat16, name
 
 
+# Padding with "random" draws other numbers in another type.
+LAYERS = [
+    name
+    for name in OPERATIONS
+    if name.startswith(("conv,", "Dense", "BatchNorm"))
+    and name not in {*PADDED_ALIKE, "conv, fill random"}
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*LAYERS, "add_bias"])
+def test_gradients_in_bfloat16_are_nearly_those_in_float32(name):
+    """Kernels and biases have gradients that are sums over some ten thousand positions."""
+    function, shapes = OPERATIONS.get(name, (cnn.add_bias, [(4, 7, 6, 4), (4,)]))
+    rounded = [
+        draw(seed, *shape, dtype=jnp.bfloat16)
+        for seed, shape in enumerate([(256, *shapes[0][1:]), *shapes[1:]])
+    ]
+
+    @jax.jit
+    def gradients(*arguments):
+        y, vjp = jax.vjp(function, *arguments)
+        dy = lambda leaf: draw(9, *leaf.shape, dtype=jnp.bfloat16).astype(leaf.dtype)
+        return vjp(jax.tree.map(dy, y))
+
+    for form in ("cpu", "reference"):
+        with cnn.lowering(form):
+            exact = gradients(*(argument.astype(jnp.float32) for argument in rounded))
+            for gradient, expected in zip(gradients(*rounded), exact, strict=True):
+                assert gradient.dtype == jnp.bfloat16
+                error = np.linalg.norm(gradient.astype(jnp.float32) - expected)
+                assert error <= 0.01 * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("form", ["cpu", "reference"])
+def test_sums_in_bfloat16_keep_small_numbers(form):
+    """In bfloat16, 256 + 1 is 256."""
+    dy = jnp.ones((8, 4, 4, 2), jnp.bfloat16).at[0].set(256)
+    x = jnp.ones_like(dy)
+    depthwise = functools.partial(cnn.conv, padding=1, groups=2)
+    with cnn.lowering(form):
+        _, vjp = jax.vjp(depthwise, x, jnp.ones((3, 3, 1, 2), jnp.bfloat16))
+        sums = [vjp(dy)[1][1, 1, 0]]
+        _, vjp = jax.vjp(cnn.add_bias, x, x[0, 0, 0])
+        sums.append(vjp(dy)[1])
+    for total in sums:
+        np.testing.assert_allclose(total.astype(jnp.float32), 16 * (256 + 7), rtol=0.005)
+
+
 @pytest.mark.parametrize(
     ("kernel_size", "options"),
     [

@@ -220,12 +220,42 @@ def test_keys_that_a_run_may_change_do_not_name_its_folder(tmp_path, monkeypatch
     other = folder("--config.seed=1")
     assert other != "runs/lenet_digits"
     assert other == folder("--config.seed=1", *changed) != folder("--config.seed=2", *changed)
-    # The folder of an earlier version, which hashed all keys.
+    # Folders of earlier versions, which hashed all keys.
     keys = configuration.load(config).to_dict()
-    earlier = f"runs/lenet_digits-{files.digest(keys | {'workers': 0, 'skip_damaged': True})}"
-    pathlib.Path(earlier).mkdir(parents=True)
-    assert folder(*changed) == earlier
+    for arguments, changes in (
+        (changed, {"workers": 0, "skip_damaged": True}),
+        (("--config.seed=1", *changed), {"seed": 1}),
+    ):
+        earlier = f"runs/lenet_digits-{files.digest(keys | changes)}"
+        pathlib.Path(earlier).mkdir(parents=True)
+        assert folder(*arguments) == earlier
     assert folder() == "runs/lenet_digits"
+
+
+def test_the_default_folder_is_named_after_the_changed_keys_alone(tmp_path, monkeypatch):
+    """Keys of a later version leave it as it is, and so do values that are the file's own."""
+    monkeypatch.chdir(tmp_path)
+    parser = main.build_parser("cnnjax.main", "")
+
+    def folder(more, *changes):
+        # Python caches the module of a path.
+        path = tmp_path / f"with {len(more)} more" / "own.py"
+        path.parent.mkdir(exist_ok=True)
+        lines = [
+            "import ml_collections",
+            "def get_config():",
+            f"    return ml_collections.ConfigDict({{'seed': 0, 'model': 'a', **{more!r}}})",
+        ]
+        path.write_text("\n".join(lines))
+        options, _ = main.parse(parser, ["--config", str(path), *changes])
+        return str(options.workdir)
+
+    changes = ("--config.seed=1", "--config.model=b")
+    named = folder({}, *changes)
+    assert named == f"runs/own-{files.digest({'seed': 1, 'model': 'b'})}"
+    assert folder({"later": {"key": 0.0}}, *changes) == named
+    assert folder({"later": {"key": 0.0}}, *changes, "--config.later.key=0.5") != named
+    assert folder({}, "--config.seed=0") == "runs/own"
 
 
 @pytest.mark.slow

@@ -849,6 +849,18 @@ def test_evaluate_scores_a_run_on_other_photographs(shape, tmp_path, capsys):
 
 
 @pytest.mark.usefixtures("standard_promotion")
+def test_evaluate_says_how_many_views_it_averages(tmp_path, capsys):
+    """The averages themselves are compared with those of a run's own test in test_train.py."""
+    finished_run(tmp_path / "run", test_views=2)
+    (tmp_path / "new" / "digit 0").mkdir(parents=True)
+    PIL.Image.new("L", (8, 8)).save(tmp_path / "new" / "digit 0" / "a.png")
+    arguments = [str(tmp_path / "run"), "--data_dir", str(tmp_path / "new"), "--batch_size", "8"]
+    assert exit_code(evaluate.main, arguments) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0] == f"{tmp_path / 'run'}, 1 photographs, 2 views of each"
+
+
+@pytest.mark.usefixtures("standard_promotion")
 def test_evaluate_counts_a_class_among_the_first_five(monkeypatch):
     """The labels have the ranks 1, 5, and 6 of eleven; ten classes have no such score."""
     ascending = np.tile(np.arange(11, dtype=np.float32), (3, 1))
@@ -924,7 +936,7 @@ def test_few_photographs_are_no_full_batch(count, batch_size, size, tmp_path, mo
         PIL.Image.new("L", (8, 8)).save(file)
     sizes = []
 
-    def predict_batches(parallel, model, variables, moments, batches, batch_size):
+    def predict_batches(parallel, model, variables, moments, batches, batch_size, output):
         sizes.append(batch_size)
         return (np.zeros((len(images), 10)) for images in batches)
 

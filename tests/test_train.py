@@ -22,11 +22,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import PIL.Image
 import pytest
 import quick
 import safetensors.numpy
 
 import cnnjax.main
+from cnnjax import classifier
 from cnnjax.data import arrays, augment
 from cnnjax.models import Network, create_model
 from cnnjax.models.googlenet import sow_logits
@@ -201,7 +203,7 @@ def one_step(recipe: step.Recipe, numbers: step.Numbers, images, labels, rate=0.
 def test_a_step_is_plain_gradient_descent():
     """Compares a step with the formulas, computed without the engine.
 
-    The average of the parameters and the sums for the epoch are compared, too.
+    The averages of parameters and statistics and the sums for the epoch are compared, too.
     """
     images, labels = some_data(16)
     recipe, numbers = (
@@ -225,8 +227,10 @@ def test_a_step_is_plain_gradient_descent():
         jax.tree.map, lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
     )
     close(after.params, jax.tree.map(lambda p, g: p - 0.1 * g, before.params, grads))
-    close(after.ema, jax.tree.map(lambda p, q: 0.75 * p + 0.25 * q, before.params, after.params))
+    average = functools.partial(jax.tree.map, lambda p, q: 0.75 * p + 0.25 * q)
+    close(after.ema, average(before.params, after.params))
     close(after.batch_stats, stats)
+    close(after.ema_batch_stats, average(before.batch_stats, stats))
     np.testing.assert_allclose(after.totals["loss"], 16 * value, rtol=1e-5)
     assert (
         after.totals["errors"] == (logits.argmax(-1) != labels).sum()
@@ -695,6 +699,62 @@ def test_training_ends_early(worse_after_first_epoch, tmp_path):
     config.early_stopping = 2
     with pytest.raises(ValueError, match="early_stopping=2 watches the validation error"):
         loop.check(config)
+
+
+@pytest.mark.slow
+def test_a_reduced_rate_is_that_of_the_next_steps(worse_after_first_epoch, tmp_path):
+    """A plateau after the second epoch trains as a schedule that has the lower rate from there."""
+    plateau = {"schedule.name": "plateau", "schedule.patience": 0, "schedule.factor": 0.25}
+    table = {"schedule.name": "step", "schedule.epochs": (2,), "schedule.factor": 0.25}
+    runs = {}
+    for name, changes in (("plateau", plateau), ("step", table), ("constant", {})):
+        results = train_here(tmp_path / name, epochs=4, final_weights="last", **changes)
+        runs[name] = results["history"]
+    rates = [entry["learning_rate"] for entry in runs["plateau"]]
+    # The third epoch is worse again.
+    np.testing.assert_allclose(rates, [0.1, 0.1, 0.025, 0.00625], rtol=1e-6)
+    losses = {name: [entry["train_loss"] for entry in history] for name, history in runs.items()}
+    np.testing.assert_allclose(losses["plateau"][:3], losses["step"][:3], rtol=1e-6)
+    assert losses["constant"][2] != pytest.approx(losses["step"][2], rel=1e-3)
+
+
+@pytest.mark.slow
+def test_a_folder_is_trained_on_in_the_same_three_ways(tmp_path):
+    """Streamed batches are divided over eight devices; the run is evaluated as it was tested."""
+    generator = np.random.default_rng(0)
+    for split, label, number in itertools.product(("train", "val"), "ab", range(16)):
+        path = tmp_path / split / label / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = generator.integers(0, 256, (14, 12, 3)).astype(np.uint8)
+        PIL.Image.fromarray(pixels).save(path)
+    options = {
+        "dataset": "folder",
+        "data_dir": str(tmp_path),
+        "n_validation": 0,
+        "image_size": 8,
+        "resize": 10,
+        "workers": 0,
+        "augment.flip": True,
+        "augment.crop": 2,
+        "test_views": 10,
+        "batch_size": 16,
+    }
+    runs = {}
+    for way in ("jit", "pmap", "shard_map"):
+        runs[way] = train_here(tmp_path / way, **options, parallel=way)
+        losses = [entry["train_loss"] for entry in runs[way]["history"]]
+        losses.append(runs[way]["final"]["test_loss"])
+        first = [entry["train_loss"] for entry in runs["jit"]["history"]]
+        first.append(runs["jit"]["final"]["test_loss"])
+        np.testing.assert_allclose(losses, first, rtol=1e-5)
+
+    network = classifier.trained(tmp_path / "jit")
+    photographs = sorted((tmp_path / "val").rglob("*.png"))
+    outputs = np.concatenate([*classifier.logits(network, photographs, Parallel("jit"), 16)])
+    labels = np.array([path.parent.name == "b" for path in photographs], np.int32)
+    scores = evaluate.score("cross_entropy", outputs, labels)
+    assert scores["loss"] == pytest.approx(runs["jit"]["final"]["test_loss"], rel=1e-5)
+    assert scores["error"] == runs["jit"]["final"]["test_error"]
 
 
 @pytest.mark.parametrize("count, text", [(1, "1 damaged image"), (2, "2 damaged images")])

@@ -63,7 +63,7 @@ def as_batch(images, labels, learning_rate) -> step.Batch:
 def steps(recipe, numbers=None, count=3, rate=0.1, pretrained=None):
     """Trains for a few steps on one batch; returns the states before and after."""
     images, labels = small_batch()
-    numbers = numbers or step.Numbers(seed=1, weight_decay=1e-2, ema_decay=0.5)
+    numbers = numbers or step.Numbers(seed=1, weight_decay=1e-2, ema_decay=0.9)
     before = step.init(recipe, (8, 8, 3), numbers, pretrained)
     state = before
     run = jax.jit(
@@ -182,6 +182,7 @@ def test_frozen_parameters_and_statistics_stay_to_the_bit_and_have_no_optimizer_
     assert changed(before.params, after.params) == TRAINED
     assert changed(before.ema, after.ema) == TRAINED
     assert changed(before.batch_stats, after.batch_stats) == {"bn2.mean", "bn2.var"}
+    assert changed(before.ema_batch_stats, after.ema_batch_stats) == {"bn2.mean", "bn2.var"}
     trained = {name: after.params[name] for name in ("conv2", "bn2", "fc")}
     momenta = [leaf.shape for leaf in jax.tree.leaves(after.opt_state) if leaf.ndim]
     assert sorted(momenta) == sorted(leaf.shape for leaf in jax.tree.leaves(trained))

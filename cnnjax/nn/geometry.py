@@ -1,4 +1,4 @@
-"""Sizes and positions of windows on a map, and checks of the map itself."""
+"""Sizes and positions of windows on a map, checks of the map itself, and its type for sums."""
 
 import dataclasses
 
@@ -81,6 +81,14 @@ def check_floating(x: AnyArray) -> None:
             f"x has dtype {x.dtype}; convert it to a floating-point type, for example with "
             "x.astype('float32')"
         )
+
+
+def widen(x: AnyArray) -> AnyArray:
+    """Returns a map in float32 if its type has fewer bits.
+
+    A sum in float16 overflows above 65,504, and one in bfloat16 has two digits: 256 + 1 is 256.
+    """
+    return jnp.asarray(x, jnp.float32 if jnp.finfo(x.dtype).bits < 32 else None)
 
 
 def output_size(size: int, kernel: int, stride: int, padding: int, dilation: int = 1) -> int:

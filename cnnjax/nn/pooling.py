@@ -10,7 +10,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from cnnjax.nn.cpu import pooling as cpu
-from cnnjax.nn.geometry import Both, Window, check_map, output_size, pair
+from cnnjax.nn.geometry import Both, Window, check_map, output_size, pair, widen
 from cnnjax.nn.lowering import fast_on_cpu
 from cnnjax.nn.padding import ZERO_FILLS, border_widths, check_fill, pad
 from cnnjax.nn.sampling import FILTERS, check_sampling, sample
@@ -129,7 +129,7 @@ def avg_pool(
     if sampling != "stride" and step != (1, 1):
         return _sampled_mean(x, size, step, border, fill, sampling)
     fill = "partial" if fill == "random" else fill
-    padded = _widened(pad(x, border, fill))
+    padded = widen(pad(x, border, fill))
     if _is_unrolled(size):
         total = cpu.sum_windows(padded, size, step)
     else:
@@ -140,14 +140,6 @@ def avg_pool(
     else:
         mean = total / (size[0] * size[1])
     return jnp.asarray(mean, jnp.result_type(x))
-
-
-def _widened(x):
-    """Returns a map in float32 if its type has fewer bits.
-
-    A sum in float16 overflows above 65,504, and one in bfloat16 has two digits.
-    """
-    return jnp.asarray(x, jnp.float32 if jnp.finfo(x.dtype).bits < 32 else None)
 
 
 def _sampled_mean(x, size, stride, border, fill, sampling):
@@ -245,7 +237,7 @@ def adaptive_avg_pool(
         return x
     if size == (1, 1):
         return jnp.mean(x, (1, 2), keepdims=True)
-    wide = _widened(x)
+    wide = widen(x)
     rows, columns = (jnp.asarray(_bins(n, m), wide.dtype) for n, m in zip(x.shape[1:3], size))
     # The default precision of an accelerator, TF32 or bfloat16, has three digits.
     means = jnp.einsum("ah,nhwc,bw->nabc", rows, wide, columns, precision="highest")

@@ -4,6 +4,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from cnnjax.nn.cpu import sums as cpu
+from cnnjax.nn.geometry import widen
 from cnnjax.nn.lowering import fast_on_cpu
 from cnnjax.runtime.types import AnyArray
 
@@ -49,4 +50,5 @@ def add_bias(
     """Adds `bias` to each position of `x`."""
     if fast_on_cpu():
         return cpu.spread(bias, x.shape) + x
-    return jnp.broadcast_to(bias, x.shape) + x
+    # The gradient is a sum over all positions, of the type that the bias is broadcast in.
+    return jnp.broadcast_to(widen(bias), x.shape).astype(bias.dtype) + x

@@ -22,6 +22,8 @@ from cnnjax.train import tensorstore_noise
 
 _LOG = logging.getLogger("cnnjax")
 _MANIFEST = "manifest.json"
+# Parts of a state that checkpoints of earlier versions lack, and the parts that they begin from.
+_ADDED_PARTS = {".ema_batch_stats": ".batch_stats"}
 
 
 def _hashes(folder: pathlib.Path) -> dict[str, str]:
@@ -66,6 +68,14 @@ def _leaves(state) -> dict:
 def _shapes_and_dtypes(state) -> dict[str, list]:
     """Lists the shape and, last, the dtype of a state's arrays, by path."""
     return {name: [*leaf.shape, str(leaf.dtype)] for name, leaf in _leaves(state).items()}
+
+
+def _saved_name(name: str, saved: dict[str, list]) -> str:
+    """Returns the name of the array in a checkpoint that holds a leaf of a state."""
+    for added, origin in _ADDED_PARTS.items():
+        if name not in saved and name.startswith(added):
+            return origin + name.removeprefix(added)
+    return name
 
 
 class NotWritten(RuntimeError):
@@ -212,6 +222,9 @@ class Checkpoints:
     def restore_step(self, step: int, like):
         """Reads one checkpoint.
 
+        Averages of BatchNorm's statistics, which checkpoints of earlier versions lack, begin from
+        the statistics.
+
         Args:
           step: its step.
           like: a tree of the state's structure, shapes and dtypes.
@@ -226,17 +239,23 @@ class Checkpoints:
         saved = header["leaves"]
         expected = _shapes_and_dtypes(like)
         for name in sorted(saved.keys() | expected.keys()):
-            if saved.get(name) != expected.get(name):
+            found = saved.get(_saved_name(name, saved))
+            if found != expected.get(name):
                 raise ValueError(
-                    f"{self._path(step)} holds {saved.get(name)} for {name}, where "
+                    f"{self._path(step)} holds {found} for {name}, where "
                     f"{expected.get(name)} is expected: it is of another model, optimizer or "
                     "number of classes"
                 )
-        targets = {name: np.zeros(shape, dtype) for name, (*shape, dtype) in expected.items()}
+        targets = {
+            _saved_name(name, saved): np.zeros(shape, dtype)
+            for name, (*shape, dtype) in expected.items()
+        }
         contents = ocp.args.Composite(state=ocp.args.StandardRestore(targets))
         leaves = self._manager.restore(step, args=contents)["state"]
         structure = jax.tree.structure(like)
-        state = jax.tree.unflatten(structure, [leaves[name] for name in expected])
+        state = jax.tree.unflatten(
+            structure, [leaves[_saved_name(name, saved)] for name in expected]
+        )
         return state, header["record"]
 
     def restore(self, like):

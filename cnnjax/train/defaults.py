@@ -119,8 +119,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.schedule.cooldown = 0
     # "plateau": the smallest rate.
     config.schedule.min_lr = 0.0
-    # Decay of the moving average of the parameters. Above 0, the average is scored and saved
-    # instead.
+    # Decay of the moving averages of the parameters and of BatchNorm's statistics. Above 0, the
+    # averages are scored and saved instead.
     config.ema_decay = 0.0
     # Micro-batches per step on each device (gradient accumulation).
     config.accumulate = 1

@@ -135,12 +135,14 @@ class TrainedRun:
         """Tells whether an image may have several classes."""
         return self.config.loss == "sigmoid"
 
-    def read(self, file: str | os.PathLike, times: int = 1) -> np.ndarray:
+    def read(self, file: str | os.PathLike, times: int = 1, views: int = 1) -> np.ndarray:
         """Reads a photograph as the run's test images were read.
 
         Args:
           file: an image file; `~` is expanded.
           times: a multiple of the height and width of `image_shape` to read the image at.
+          views: the number of views to cut from the image (`cnnjax.data.augment.views`). With ten,
+            it keeps the margin that corner crops need: its height and width are `resize`.
 
         Returns:
           uint8 [times * height, times * width, channels]. There must be 1 channel, gray, or 3.
@@ -148,7 +150,8 @@ class TrainedRun:
         Raises:
           ValueError: if the file cannot be read, or is not an image that can be decoded.
         """
-        height, width = (times * side for side in self.image_shape[:2])
+        size = (self.resize, self.resize) if views == 10 else self.image_shape[:2]
+        height, width = (times * side for side in size)
         image = photographs.open_rgb(expand_user(file))
         if height == width:
             image = crops.center(image, height, times * self.resize)

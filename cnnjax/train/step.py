@@ -1,8 +1,12 @@
 """One training step on one device: a pure function of the state, a batch and the step's number.
 
-Everything random derives from (seed, step, place in the batch), so a run resumes from its state
-alone. Numbers (learning rate, momentum, weight decay, ...) are arguments, so all seeds and scalar
-settings share one compilation.
+A run resumes from its state alone, since every random key derives from the seed and the step: the
+order of images from the seed and the epoch; augmentation from the seed, the step and an image's
+place in the whole batch; dropout, random padding and mixup from the seed, the step, the device and
+the part of its batch (`Recipe.accumulate`). So only these three depend on the number of devices.
+
+Numbers (learning rate, momentum, weight decay, ...) are arguments, so all seeds and scalar settings
+share one compilation.
 """
 
 import dataclasses
@@ -49,7 +53,7 @@ class Recipe:
       loss: one of `LOSSES`.
       augment: arguments of `cnnjax.data.augment.augment`, as sorted pairs.
       mixup: whether images are mixed.
-      ema: whether an average of the parameters is kept.
+      ema: whether averages of the parameters and of BatchNorm's statistics are kept.
       accumulate: parts of a device's batch that are computed one after the other.
       freeze: parts of the model that are not trained, as in `cnnjax.transfer`.
       rates: parts whose learning rates `Numbers.rates` multiply.
@@ -81,7 +85,7 @@ class Numbers:
       weight_decay: likewise.
       label_smoothing: the share of the probability that is spread over all classes.
       mixup: both parameters of the Beta distribution (Zhang et al. 2018).
-      ema_decay: of the parameters' average.
+      ema_decay: of the averages of parameters and statistics.
       rates: factors of the learning rate of each of `Recipe.rates`; the last one that names a
         parameter counts.
     """
@@ -105,6 +109,7 @@ class State:
       batch_stats: BatchNorm's statistics.
       opt_state: the optimizer's state.
       ema: the average of the parameters, if the recipe keeps one.
+      ema_batch_stats: the average of BatchNorm's statistics, likewise.
       totals: sums of loss, errors and examples over the epoch.
       bad_step: the first step whose loss was not finite, or -1.
     """
@@ -114,16 +119,18 @@ class State:
     batch_stats: dict
     opt_state: optax.OptState
     ema: dict | None
+    ema_batch_stats: dict | None
     totals: dict
     bad_step: Leaf
 
     def variables_to_score(self) -> dict:
         """Returns the variables to score.
 
-        They are BatchNorm's statistics and the parameters, averaged if the recipe averages them.
+        They are the parameters and BatchNorm's statistics, averaged if the recipe averages them.
         """
-        params = self.params if self.ema is None else self.ema
-        return {"params": params, "batch_stats": self.batch_stats}
+        if self.ema is None:
+            return {"params": self.params, "batch_stats": self.batch_stats}
+        return {"params": self.ema, "batch_stats": self.ema_batch_stats}
 
 
 @flax.struct.dataclass
@@ -196,13 +203,15 @@ def init(
     initial = recipe.model.init(jax.random.key(numbers.seed), image)
     variables = transfer.merge(initial, pretrained or {})
     params = variables["params"]
+    batch_stats = variables.get("batch_stats", {})
     trained, _ = _split_frozen(recipe, params)
     return State(
         step=jnp.int32(0),
         params=params,
-        batch_stats=variables.get("batch_stats", {}),
+        batch_stats=batch_stats,
         opt_state=_optimizer(recipe, numbers, jnp.float32(0)).init(trained),
         ema=params if recipe.ema else None,
+        ema_batch_stats=batch_stats if recipe.ema else None,
         totals=dict.fromkeys(("loss", "errors", "count"), jnp.float32(0)),
         bad_step=jnp.int32(-1),
     )
@@ -356,9 +365,9 @@ def _accumulate(recipe: Recipe, state: State, numbers: Numbers, images, labels, 
     return dataclasses.replace(total, grads=mean)
 
 
-def _split_frozen(recipe: Recipe, params: dict) -> tuple[dict, dict]:
-    """Splits parameters into those that are trained and those that are frozen."""
-    return transfer.split(params, recipe.frozen_paths())
+def _split_frozen(recipe: Recipe, variables: dict, collection: str = "params") -> tuple[dict, dict]:
+    """Splits the variables of a collection into those of trained and those of frozen parts."""
+    return transfer.split(variables, recipe.frozen_paths(), collection)
 
 
 def _gradients(recipe: Recipe, state: State, numbers: Numbers, images, labels, keys) -> _Gradients:
@@ -417,7 +426,7 @@ def _reduce(
     loss, errors, count = jax.lax.psum(sums, axis_name)
     # The mean of equal numbers may differ from them in its last bit. Frozen statistics must not
     # change, so they are put back.
-    _, frozen = transfer.split(state.batch_stats, recipe.frozen_paths(), "batch_stats")
+    _, frozen = _split_frozen(recipe, state.batch_stats, "batch_stats")
     batch_stats = transfer.merge(batch_stats, frozen)
     return _Gradients(grads=grads, batch_stats=batch_stats, loss=loss, errors=errors), count
 
@@ -425,17 +434,19 @@ def _reduce(
 def _update(
     recipe: Recipe, state: State, batch: Batch, numbers: Numbers, gradients: _Gradients, count
 ) -> State:
-    """Applies the optimizer, moves the average of the parameters and adds up the epoch's sums."""
+    """Applies the optimizer, moves the averages and adds up the epoch's sums."""
     trained, frozen = _split_frozen(recipe, state.params)
     transform = _optimizer(recipe, numbers, batch.learning_rate)
     updates, opt_state = transform.update(gradients.grads, state.opt_state, trained)
     trained = optax.apply_updates(trained, _scale_parts(recipe, numbers, updates))
+    params = transfer.merge(trained, frozen)
     ema = None
-    if state.ema is not None:
-        # Frozen parameters are left out: their average could differ from them in its last bit.
-        average, _ = _split_frozen(recipe, state.ema)
-        average = optax.incremental_update(trained, average, 1 - numbers.ema_decay)
-        ema = transfer.merge(average, frozen)
+    ema_batch_stats = None
+    if state.ema is not None and state.ema_batch_stats is not None:
+        ema = _move_average(recipe, numbers, state.ema, params, "params")
+        ema_batch_stats = _move_average(
+            recipe, numbers, state.ema_batch_stats, gradients.batch_stats, "batch_stats"
+        )
     begins_epoch = state.step % batch.steps_per_epoch == 0
     sums = {"loss": gradients.loss, "errors": gradients.errors, "count": count}
     totals = {
@@ -444,13 +455,25 @@ def _update(
     is_first_bad = (state.bad_step < 0) & ~jnp.isfinite(gradients.loss)
     return State(
         step=state.step + 1,
-        params=transfer.merge(trained, frozen),
+        params=params,
         batch_stats=gradients.batch_stats,
         opt_state=opt_state,
         ema=ema,
+        ema_batch_stats=ema_batch_stats,
         totals=totals,
         bad_step=jnp.where(is_first_bad, state.step, state.bad_step),
     )
+
+
+def _move_average(
+    recipe: Recipe, numbers: Numbers, average: dict, variables: dict, collection: str
+) -> dict:
+    """Moves an average of the variables of a collection by one step."""
+    # Frozen variables are left out: their average could differ from them in its last bit.
+    trained, frozen = _split_frozen(recipe, variables, collection)
+    average, _ = _split_frozen(recipe, average, collection)
+    average = optax.incremental_update(trained, average, 1 - numbers.ema_decay)
+    return transfer.merge(average, frozen)
 
 
 def _scale_parts(recipe: Recipe, numbers: Numbers, updates: dict) -> dict:
@@ -571,7 +594,9 @@ def finiteness(parallel: Parallel) -> Callable:
     """Compiles a test of whether all parameters of a replicated state are finite."""
 
     def is_finite(axis_name, state):
-        leaves = jax.tree.leaves((state.params, state.batch_stats, state.ema))
+        leaves = jax.tree.leaves(
+            (state.params, state.batch_stats, state.ema, state.ema_batch_stats)
+        )
         return jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves]).all()
 
     return parallel.compile(is_finite, replicated=1)

@@ -20,7 +20,7 @@ from cnnjax.nn.cpu.conv import (
 )
 from cnnjax.nn.cpu.linear import vary_alike
 from cnnjax.nn.cpu.sums import channel_sums
-from cnnjax.nn.geometry import Window
+from cnnjax.nn.geometry import Window, widen
 from cnnjax.runtime.types import AnyArray
 
 # Taps whose sums are taken in one pass; more do not fit into the registers.
@@ -63,18 +63,16 @@ def _join(arrays, axis):
 
 
 def _add_taps(padded, kernel, window):
-    # Sums of 16-bit types lose their digits: in bfloat16, 256 + 1 is 256.
-    dtype = jnp.float32 if jnp.finfo(padded.dtype).bits < 32 else padded.dtype
-    kernel = kernel.astype(dtype)
+    kernel = widen(kernel)
 
     def add_row(row, total):
-        inputs = _rows_under(padded, kernel.shape[:2], window, row).astype(dtype)
+        inputs = widen(_rows_under(padded, kernel.shape[:2], window, row))
         taps_of_row = lax.dynamic_slice_in_dim(kernel, row, 1, 0)
         return total + _add_unrolled(inputs, taps_of_row, window)
 
     if not _is_long(kernel.shape[:2]):
-        return _add_unrolled(padded.astype(dtype), kernel, window).astype(padded.dtype)
-    first_inputs = _rows_under(padded, kernel.shape[:2], window, 0).astype(dtype)
+        return _add_unrolled(widen(padded), kernel, window).astype(padded.dtype)
+    first_inputs = widen(_rows_under(padded, kernel.shape[:2], window, 0))
     first = _add_unrolled(first_inputs, kernel[:1], window)
     return lax.fori_loop(1, kernel.shape[0], add_row, first).astype(padded.dtype)
 
@@ -130,10 +128,11 @@ def _kernel_gradient(x, kernel_shape, window, dy):
     piece_gradients = []
     for piece in itertools.chain(*_pieces(x, kernel_size, window, dy.shape[1:3])):
         (top, bottom), (left, right) = piece
-        padded = _read(x, kernel_size, window, piece)
-        dy_piece = dy[:, top:bottom, left:right]
+        padded = widen(_read(x, kernel_size, window, piece))
+        dy_piece = widen(dy[:, top:bottom, left:right])
         piece_gradients.append(_sum_products(padded, kernel_size, window, dy_piece))
-    return functools.reduce(operator.add, piece_gradients).reshape(kernel_shape)
+    gradient = functools.reduce(operator.add, piece_gradients).reshape(kernel_shape)
+    return gradient.astype(dy.dtype)
 
 
 def _sum_products(padded, kernel_size, window, dy):

@@ -16,13 +16,14 @@ from jaxtyping import Array, Float
 
 from cnnjax.nn.cpu.barrier import materialize
 from cnnjax.nn.cpu.linear import add_given, linear_call, vary_alike
+from cnnjax.nn.geometry import widen
 from cnnjax.runtime.types import AnyArray
 
 _PARTS = 8  # parts of the batch that are added elementwise
 
 
 def channel_sum(*factors: Float[AnyArray, "*positions channels"]) -> Float[Array, " channels"]:
-    """Multiplies maps elementwise and sums over all axes but the last.
+    """Multiplies maps elementwise and sums over all axes but the last, in float32 or more.
 
     The plain form is `(a * b).sum(axes)`. XLA's CPU backend reduces rows two to nine times slower
     than it multiplies them with a row of ones, so up to eight parts of the batch are added
@@ -34,10 +35,10 @@ def channel_sum(*factors: Float[AnyArray, "*positions channels"]) -> Float[Array
     if factors[0].ndim == 1:
         return product(factors)
     count = _count_parts(factors[0].shape[0])
-    split = [jnp.split(factor, count) for factor in factors]
+    split = [jnp.split(widen(factor), count) for factor in factors]
     products = (product(parts) for parts in zip(*split))
     added = functools.reduce(operator.add, products)
-    return _sum_columns([added])[0]
+    return _sum_columns([added])[0].astype(factors[0].dtype)
 
 
 def _sum_columns(maps: Sequence[AnyArray]) -> Float[Array, "maps channels"]:
