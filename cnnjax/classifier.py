@@ -102,8 +102,8 @@ def _find_record(name: str, tag: str | None, path: str | None) -> tuple[records.
 def trained(folder: pathlib.Path) -> Classifier:
     """Returns the network of a finished training run, with as many views as it was tested with.
 
-    Raises `ValueError` if the folder holds no finished training run, or if the run labels pixels or
-    takes images whose channels photographs do not have.
+    Raises `ValueError` if `open_run` refuses the folder, or if the run labels pixels or takes
+    images whose channels photographs do not have.
     """
     from cnnjax.data.photographs import check_channels
     from cnnjax.train.run import open_run

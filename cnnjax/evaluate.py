@@ -4,7 +4,7 @@
     python -m cnnjax.evaluate runs/mine --data_dir FOLDER
 
 The first form scores published ImageNet weights, the second the network of a finished training
-run. The folder gives the labels:
+run, or of a combination that is one network. The folder gives the labels:
 
 - FOLDER/CLASS/IMAGE with any number of folders named by the class's name or number (tench or 0);
   by name only, if any class's name is a number.

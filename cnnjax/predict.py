@@ -4,8 +4,8 @@
     python -m cnnjax.predict runs/mine photo.jpg folder ...
 
 The first form uses published ImageNet weights, found on this machine or downloaded; the second the
-network of a finished training run. Photographs are prepared as the network was trained; a run with
-`test_views` averages as many views of each.
+network of a finished training run, or of a combination that is one network. Photographs are
+prepared as the network was trained; a run with `test_views` averages as many views of each.
 """
 
 import argparse

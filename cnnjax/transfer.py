@@ -200,7 +200,8 @@ def weights_file(path: str | os.PathLike, argument: str = "initial_weights") -> 
     """Finds the file of initial weights.
 
     Args:
-      path: a weights file, or the work directory of a finished training run; `~` is expanded.
+      path: a weights file, or the work directory of a finished training run or of a
+        combination that is one network; `~` is expanded.
       argument: the name of the argument that gives the path, for the error.
 
     Raises:
@@ -213,7 +214,7 @@ def weights_file(path: str | os.PathLike, argument: str = "initial_weights") -> 
     if is_unfinished or not file.is_file():
         raise ValueError(
             f"{argument}={str(path)!r} is neither a safetensors or .pth file nor the work "
-            "directory of a finished training run"
+            "directory of a finished training run or of a combination that is one network"
         )
     if place.is_dir():
         workdir.check_seal(place)

@@ -363,8 +363,8 @@ CASES = [
     ((*TRAIN, "--config.schedule.name=stairs"), "schedule.name='stairs' is not one of constant"),
     (
         (*TRAIN, "--config.schedule.every=5"),
-        "schedule.every=5 is for schedule.name='step' or 'restarts'; schedule.name='constant' "
-        "accepts 0, the default",
+        "schedule.every=5: schedule.name='constant' reads none of these and accepts their "
+        "defaults, every=0; set schedule.name, or these keys",
     ),
     (
         (*TRAIN, "--config.image_size=32"),

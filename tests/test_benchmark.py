@@ -270,6 +270,16 @@ def test_memory_that_the_system_does_not_tell_is_left_out(monkeypatch):
 
 
 @pytest.mark.slow
+def test_other_options_have_another_default_folder(monkeypatch):
+    folders = []
+    monkeypatch.setattr(benchmark, "_work", lambda options, folder: folders.append(folder))
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    for options in ([], ["--rounds", "5"], ["--rounds", "5", "--only", "vgg16"], ["--rounds", "5"]):
+        assert quick.exit_code(benchmark.main, ["cpu", *options]) == 0
+    assert folders[0] == pathlib.Path("runs/benchmark_cpu")
+    assert folders[1] == folders[3] and len({*folders}) == 3
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [

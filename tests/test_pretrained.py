@@ -519,12 +519,17 @@ def test_published_weights_are_not_taken_by_a_network_without_the_conversion(ren
         cnnjax.load_pretrained("googlenet", path=renamed, transform_input=False)
 
 
+@pytest.mark.parametrize("kind", ["train", "combine"])
 @pytest.mark.parametrize("was_transformed", [True, False])
-def test_a_runs_weights_are_not_taken_by_a_network_of_another_input(was_transformed, tmp_path):
+def test_a_runs_weights_are_not_taken_by_a_network_of_another_input(
+    was_transformed, kind, tmp_path
+):
     finished_run(tmp_path / "run")
     fields = {"transform_input": True} if was_transformed else {}
-    config = {"kind": "train", "model": "googlenet", "model_fields": fields}
+    config = {"kind": kind, "model": "googlenet", "model_fields": fields}
     files.write_json(tmp_path / "run" / "config.json", config)
+    # Where a combination records the network that it made.
+    files.write_json(tmp_path / "run" / "results.json", {"config": config})
     model = create_model("googlenet", num_classes=10, transform_input=not was_transformed)
     message = f"needs a model with transform_input={was_transformed}"
     with pytest.raises(ValueError, match=message):
@@ -559,6 +564,7 @@ def test_a_runs_weights_are_not_taken_by_a_network_of_another_input(was_transfor
             "transform_input=True is not a field of resnet50; it is one of googlenet and inception",
         ),
         ("googlenet", {"transform_input": 1}, "transform_input=1 is not True, False or None"),
+        ("googlenet", {"transform_input": False}, "transform_input=False is for a file at path"),
         (["resnet50"], {}, r"model=\['resnet50'\] has no published ImageNet weights"),
     ],
 )

@@ -613,14 +613,14 @@ def test_local_jobs_see_the_gpus_of_the_command(devices, tmp_path, monkeypatch):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", devices)
     program = f"import os; assert os.environ.get('CUDA_VISIBLE_DEVICES') == {devices!r}"
     words = [sys.executable, "-c", program]
-    for settings in ([], ["gpus_per_node=1"]):
+    for settings in ([], ["gpus_per_node=1"], ["local_gpus_per_node=1"]):
         jobs.submit(words, folder=tmp_path, cluster="local", count=1, settings=settings)
-    own, asking = submitted
+    own, *asking = submitted
     # submitit sets this in a job that asks for no GPUs.
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert own() == 0
     # submitit chooses the GPUs of a job that asks for some.
-    assert asking.words == words
+    assert all(job.words == words for job in asking)
 
 
 def test_a_parameter_that_submitit_does_not_have_is_named(tmp_path):

@@ -858,7 +858,7 @@ def test_a_run_that_has_started_keeps_keys_without_effect(changes, tmp_path):
     config = defaults.get_config()
     config.update_from_flattened_dict(changes)
     files.write_json(tmp_path / "config.json", config.to_dict())
-    with pytest.raises(ValueError, match="is for .* accepts .*, the default$"):
+    with pytest.raises(ValueError, match="accepts"):
         loop.check(config, tmp_path)
     (tmp_path / "metrics.jsonl").touch()
     loop.check(config, tmp_path)

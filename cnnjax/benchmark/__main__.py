@@ -471,7 +471,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = command.Parser(prog="python -m cnnjax.benchmark", description=__doc__)
     parser.add_argument("what", choices=WHAT)
     parser.add_argument(
-        "--workdir", type=command.path, help="where to write (default: runs/benchmark_WHAT)"
+        "--workdir",
+        type=command.path,
+        help="where to write (default: runs/benchmark_WHAT, with a digest of changed options)",
     )
     parser.add_count("rounds", 9, "times that each side is measured")
     parser.add_argument(
@@ -501,8 +503,17 @@ def main(arguments: list[str] | None = None) -> int:
     if options.what in ("cpu", "layers", "compile"):
         os.environ["JAX_PLATFORMS"] = "cpu"  # also where there is a GPU
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the sides share the device
-    folder = options.workdir or pathlib.Path("runs") / f"benchmark_{options.what}"
+    folder = options.workdir or _default_folder(parser, options)
     return command.run(lambda: _work(options, folder))
+
+
+def _default_folder(parser: command.Parser, options) -> pathlib.Path:
+    """Returns runs/benchmark_WHAT, with a digest of the options that are not the defaults."""
+    names = ("rounds", "only", "sides", "configurations", "photographs")
+    values = {name: getattr(options, name) for name in names}
+    changed = {name: value for name, value in values.items() if value != parser.get_default(name)}
+    suffix = f"-{files.digest(changed)}" if changed else ""
+    return pathlib.Path("runs", f"benchmark_{options.what}{suffix}")
 
 
 if __name__ == "__main__":

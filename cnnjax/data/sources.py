@@ -18,7 +18,7 @@ from cnnjax.data import published
 from cnnjax.data.cifar_pickle import read_cifar_pickle
 from cnnjax.data.photographs import list_folder, open_image, read_image
 from cnnjax.data.published import File, read_cifar_binary
-from cnnjax.data.splits import IGNORED, Split, class_name
+from cnnjax.data.splits import IGNORED, Split, class_names
 from cnnjax.runtime.errors import one_line
 from cnnjax.runtime.paths import package_folder
 
@@ -322,7 +322,7 @@ class Npz:
         names = self._members["classes"]
         check_classes(names, f"dataset={str(self.path)!r}")
         # Numbers become text here, once for all that shows or compares classes.
-        return tuple(class_name(name) for name in names.tolist())
+        return class_names(names.tolist())
 
     def read(self, data_dir: pathlib.Path) -> tuple[Split, Split]:
         members = self._members

@@ -46,6 +46,11 @@ def class_name(name: str | int) -> str:
     return unicodedata.normalize("NFC", str(name))
 
 
+def class_names(names: Sequence[str | int]) -> tuple[str, ...]:
+    """Returns the names of classes as text, in the form of `class_name`."""
+    return tuple(class_name(name) for name in names)
+
+
 def describe_classes(expected: Sequence[str], actual: Sequence[str]) -> str:
     """Describes how classes differ from those expected; returns "" if they do not."""
     expected = [class_name(name) for name in expected]

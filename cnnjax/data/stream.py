@@ -26,12 +26,10 @@ import PIL.Image
 from cnnjax.data.crops import area_crop, center, check_resize, resized_crop
 from cnnjax.data.folders import Source
 from cnnjax.data.photographs import Damaged
+from cnnjax.runtime import signals
 
 # The number of images that one process decodes while worker processes would still be starting.
 FEW_IMAGES = 500
-
-# Ctrl-C, a closed terminal and schedulers send these to all processes of a group.
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
 # Two epochs, so that batches around the turn of an epoch can be read in any order.
@@ -265,11 +263,11 @@ def _start_workers(iterator: Iterator) -> tuple:
     signal mask of this thread, by way of the threads in which grain starts them. Ignoring signals
     in the worker would be too late: it imports for seconds before its own code runs.
     """
-    previous = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    previous = signal.pthread_sigmask(signal.SIG_BLOCK, signals.ALL)
     try:
         # The start of this process, which grain's queues need, unblocks SIGINT and SIGTERM.
         resource_tracker.ensure_running()
-        signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+        signal.pthread_sigmask(signal.SIG_BLOCK, signals.ALL)
         return next(iterator)
     finally:
         # Signals that no other thread has taken meanwhile arrive now.

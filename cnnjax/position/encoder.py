@@ -298,7 +298,8 @@ def encode_on_grids(
     for grid in grids:
         # Stays if there are no images: only a batch tells the number of channels.
         features[grid] = np.empty((len(images), FEATURE_SIZE, FEATURE_SIZE, 0), np.float32)
-    variables = jax.device_put(variables)  # once, not for each batch
+    # Otherwise, every batch would copy them to the device.
+    variables = jax.device_put(variables)
     for start, count, batch in in_batches(images, _BATCH):
         key = jax.random.key(first + start)
         encoded = _joined_stages(

@@ -84,7 +84,8 @@ def submit(
     except (NameError, AssertionError, TypeError, ValueError) as error:
         raise ValueError(f"slurm={settings}: {' '.join(str(error).split())}") from error
     # submitit hides all GPUs from local jobs that do not ask for some (`start_controller`).
-    if cluster == "local" and "gpus_per_node" not in parameters:
+    asks_for_gpus = parameters.keys() & {"gpus_per_node", "local_gpus_per_node"}
+    if cluster == "local" and not asks_for_gpus:
         words = _with_own_gpus(words)
     jobs = [executor.submit(CommandJob(words, os.getcwd())) for _ in range(count)]
     return [str(job.job_id) for job in jobs]

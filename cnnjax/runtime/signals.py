@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 _STOP = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # A scheduler announces the end of a job's time.
 _ANNOUNCE = (signal.SIGUSR1, signal.SIGUSR2)
+ALL = _STOP + _ANNOUNCE
 # What a system sends, perhaps more than once.
 _SYSTEM = (signal.SIGTERM, signal.SIGHUP, *_ANNOUNCE)
 
@@ -44,7 +45,7 @@ def catch_stop_signals(
         handler(number, frame)
 
     previous_handlers = {}
-    for number in _STOP + _ANNOUNCE:
+    for number in ALL:
         if signal.getsignal(number) is not signal.SIG_IGN:
             previous_handlers[number] = signal.signal(number, handle)
 

@@ -39,8 +39,6 @@ _CHOICES = {
     "final_weights": ("best", "last"),
     "pixels": ("standardised", "imagenet", "centred"),
 }
-# The schedules that read a key; all read learning_rate and warmup_epochs, and "plateau" the rest.
-_READERS = {"factor": "'step' or 'plateau'", "epochs": "'step'", "every": "'step' or 'restarts'"}
 # Fields of the model that other keys or the data decide.
 _DECIDED_FIELDS = ("num_classes", "dtype", "axis_name", "input_shape")
 
@@ -197,7 +195,11 @@ def _check_views(config: ml_collections.ConfigDict) -> None:
 
 
 def _check_unread(config: ml_collections.ConfigDict, folder: pathlib.Path | None) -> None:
-    """Refuses changed keys that have no effect here; a run that has started may keep them."""
+    """Refuses changed keys without effect.
+
+    They are image sizes for data in memory and, under the schedule "constant", keys of the other
+    schedules. A run that has started may keep them.
+    """
     if folder is not None and workdir.has_started(folder):
         return
     default = defaults.get_config()
@@ -210,10 +212,16 @@ def _check_unread(config: ml_collections.ConfigDict, folder: pathlib.Path | None
                 )
     if config.schedule.name == "constant":
         is_read = {"name", "learning_rate", "warmup_epochs"}
-        for key, value in configuration.to_tuples(schedules.settings(config.schedule)).items():
-            if key not in is_read and value != default.schedule[key]:
-                reader = _READERS.get(key, "'plateau'")
-                raise ValueError(
-                    f"schedule.{key}={value!r} is for schedule.name={reader}; "
-                    f"schedule.name='constant' accepts {default.schedule[key]!r}, the default"
-                )
+        settings = configuration.to_tuples(schedules.settings(config.schedule))
+        unread = [
+            key
+            for key, value in settings.items()
+            if key not in is_read and value != default.schedule[key]
+        ]
+        if unread:
+            given = ", ".join(f"schedule.{key}={settings[key]!r}" for key in unread)
+            accepted = ", ".join(f"{key}={default.schedule[key]!r}" for key in unread)
+            raise ValueError(
+                f"{given}: schedule.name='constant' reads none of these and accepts their "
+                f"defaults, {accepted}; set schedule.name, or these keys"
+            )

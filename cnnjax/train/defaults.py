@@ -91,7 +91,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.weight_decay = 0.0
     # Whether biases and normalization decay, too.
     config.decay_all = True
-    # The keys of all schedules, so that a configuration can change from one to another.
+    # The keys of all schedules. "constant" refuses changed keys of the others, which ignore them.
     config.schedule = ml_collections.ConfigDict()
     # "constant", "step", "cosine", "restarts", or "plateau".
     config.schedule.name = "constant"

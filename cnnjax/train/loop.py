@@ -31,7 +31,7 @@ from cnnjax.train.training import Training, build_run
 __all__ = ["adopt", "check", "complete_record", "is_equivalent", "report", "run"]
 
 _LOG = logging.getLogger("cnnjax")
-# Of an epoch's steps.
+# Lines within an epoch.
 _SECONDS_BETWEEN_LINES = 60.0
 
 
@@ -121,13 +121,13 @@ def train(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
         if steps_done < total:
             _LOG.info("compiling the training step")
 
-        def save() -> None:
+        def save(epoch_seconds: float) -> None:
             """Saves the state and what has been measured so far."""
             record = {
                 "history": history.entries,
                 "plateau": plateau.state() if plateau else None,
                 "seconds": history.seconds,
-                "epoch_seconds": time.monotonic() - epoch_began,
+                "epoch_seconds": epoch_seconds,
                 "run_seconds": earlier_seconds + time.monotonic() - began,
                 "damaged": _sum_damaged(training),
                 **origin,
@@ -170,7 +170,7 @@ def train(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
                     # The next start validates this epoch again. Several processes could only save
                     # together, and perhaps not all have failed.
                     if jax.process_count() == 1:
-                        save()
+                        save(seconds)
                     raise
                 history.append(entry, seconds)
                 _log_epoch(training, history, seconds)
@@ -187,7 +187,7 @@ def train(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
             stop_signal = max(parallel.gather(own_signal))
             is_due = steps_done % every == 0
             if is_due or is_best or _is_trained(config, history) or stop_signal:
-                save()
+                save(time.monotonic() - epoch_began)
             if stop_signal:
                 break
 

@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
 
-from cnnjax.data.splits import IGNORED
+from cnnjax.data import splits
 from cnnjax.runtime import files, report, tables
 from cnnjax.runtime.figures import label_classes
 from cnnjax.train import evaluate
@@ -39,7 +39,9 @@ def paint(masks: np.ndarray) -> np.ndarray:
     Returns:
       uint8 [..., height, width, 3].
     """
-    return np.where(masks[..., None] == IGNORED, 0, _COLORS[masks % len(_COLORS)]).astype(np.uint8)
+    return np.where(masks[..., None] == splits.IGNORED, 0, _COLORS[masks % len(_COLORS)]).astype(
+        np.uint8
+    )
 
 
 class _PlainLogFormatter(LogFormatter):
@@ -285,7 +287,7 @@ def write(folder: pathlib.Path) -> None:
     """
     run = report.read(folder, kind="train")
     # Earlier versions recorded the numbers of a user's file as numbers.
-    run.results["classes"] = [str(name) for name in run.results["classes"]]
+    run.results["classes"] = splits.class_names(run.results["classes"])
     figures = _write_figures(folder, run.config, run.results)
     body = _body(run.config, run.results, figures)
     files.write(folder / "report.md", body + report.footer(run))

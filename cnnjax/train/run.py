@@ -13,7 +13,7 @@ import PIL.Image
 import PIL.ImageOps
 
 from cnnjax import transfer, weights
-from cnnjax.data import arrays, crops, photographs
+from cnnjax.data import arrays, crops, photographs, splits
 from cnnjax.models import Network, create_model
 from cnnjax.models.base import digest_network
 from cnnjax.runtime import files, imagenet, workdir
@@ -145,7 +145,8 @@ class TrainedRun:
             it keeps the margin that corner crops need: its height and width are `resize`.
 
         Returns:
-          uint8 [times * height, times * width, channels]. There must be 1 channel, gray, or 3.
+          uint8 [times * height, times * width, channels], where height and width are those of
+          `image_shape`, or `resize` with ten views. There must be 1 channel, gray, or 3.
 
         Raises:
           ValueError: if the file cannot be read, or is not an image that can be decoded.
@@ -195,7 +196,10 @@ def open_run(folder: str | os.PathLike) -> TrainedRun:
     if missing:
         raise ValueError(f"{folder} is not a finished training run: it has no {', '.join(missing)}")
     results = files.read_json(folder / "results.json")
-    config = read_config(folder) if combination is None else _read_combined_config(folder)
+    if combination is None:
+        config = read_config(folder)
+    else:
+        config = _read_combined_config(folder)
     workdir.check_seal(folder)
     image_settings = _image_settings(folder, config, results)
     image_shape = image_settings["image_shape"]
@@ -206,7 +210,7 @@ def open_run(folder: str | os.PathLike) -> TrainedRun:
         model=model,
         variables=weights.load_torchvision(folder / transfer.WEIGHTS, model),
         # Earlier versions recorded the numbers of a user's file as numbers.
-        classes=tuple(map(str, results["classes"])),
+        classes=splits.class_names(results["classes"]),
         resize=_resize(config, image_shape),
         **image_settings,
     )

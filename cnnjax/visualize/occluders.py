@@ -59,7 +59,8 @@ def occlusion(
     batches = -(-len(corners) // _BATCH)
     filled = np.resize(corners, (batches * _BATCH, 2)).reshape(batches, _BATCH, 2)
     fill = jnp.asarray(value, image.dtype)
-    variables = jax.device_put(variables)  # once, not for each batch
+    # Otherwise, every batch would copy them to the device.
+    variables = jax.device_put(variables)
     logits = [
         _occluded_logits(model, variables, image, corners=batch, value=fill, size=size)
         for batch in filled

@@ -53,7 +53,10 @@ class Subject:
         if options.images is not None:
             found = photographs.list_photographs(options.photographs)
             self.paths = spread(found, options.images or len(found))
-        variables = _variables(self.model, options) if self.run is None else self.run.variables
+        if self.run is None:
+            variables = _variables(self.model, options)
+        else:
+            variables = self.run.variables
         # Weights of files are NumPy arrays, which every call would copy.
         self.variables = jax.device_put(variables)
 

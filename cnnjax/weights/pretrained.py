@@ -47,9 +47,9 @@ def load_pretrained(
     Returns (model, variables). The variables are NumPy arrays: before many calls, copy them to the
     device with `jax.device_put`; otherwise, every call does.
 
-    Raises `ValueError` if the weights are unknown, an argument is not
-    accepted, or a file does not fit, `FileNotFoundError` if there is no file at `path`, and
-    `RuntimeError` if the weights cannot be obtained.
+    Raises `ValueError` if the weights are unknown, an argument is not accepted, or a file does not
+    fit, `FileNotFoundError` if there is no file at `path`, and `RuntimeError` if the weights cannot
+    be obtained.
     """
     # All arguments are checked before a download.
     records.find(name, tag)
@@ -67,6 +67,10 @@ def load_pretrained(
             )
         if not isinstance(transform_input, bool):
             raise ValueError(f"transform_input={transform_input!r} is not True, False or None")
+        if path is None and not transform_input:
+            raise ValueError(
+                "transform_input=False is for a file at path; the published weights need True"
+            )
     fields = records.fields_for(name, "imagenet" if path is None else path, transform_input)
     model = create_model(name, padding=padding, sampling=sampling, dtype=dtype, **fields)
     file = download.fetch(name, tag) if path is None else path

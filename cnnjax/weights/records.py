@@ -7,7 +7,7 @@ import logging
 import os
 import pathlib
 
-from cnnjax.runtime import workdir
+from cnnjax.runtime import files, workdir
 from cnnjax.runtime.paths import expand_user, sha256
 from cnnjax.runtime.progress import log_once
 from cnnjax.weights import pth
@@ -17,7 +17,8 @@ V2 = "imagenet1k_v2"
 # Networks whose published weights were trained on pixels normalized by 0.5 and 0.5, so that they
 # convert their input. They alone have the field `transform_input`.
 CONVERTING = ("googlenet", "inception_v3")
-WEIGHTS = "weights.safetensors"  # what a training run leaves in its work directory
+# What a training run leaves in its work directory.
+WEIGHTS = "weights.safetensors"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,11 +199,18 @@ def of_file(path: str | os.PathLike) -> Record | None:
     # torchvision publishes .pth files only.
     if record is not None or not path.is_file() or not pth.is_pth(path):
         return record
-    digest = sha256(path)
+    status = path.stat()
+    digest = _digest(path, status.st_size, status.st_mtime_ns)
     for record in list_weights():
         if digest.startswith(record.sha256):
             return record
     return None
+
+
+@functools.lru_cache(maxsize=16)
+def _digest(path: pathlib.Path, size: int, modified: int) -> str:
+    """Hashes a file once for each of its states."""
+    return sha256(path)
 
 
 def check_sha256(path: pathlib.Path, prefix: str) -> None:
@@ -219,13 +227,20 @@ def transforms_input(path: str | os.PathLike) -> bool | None:
     """Tells whether the network of a weights file converts its input.
 
     Published files tell (`of_file`), and those in the work directories of training runs with
-    GoogLeNet or Inception v3. None stands for all others: tensors do not show it.
+    GoogLeNet or Inception v3 and of combinations of such runs. None stands for all others: tensors
+    do not show it.
     """
     record = of_file(path)
     if record is not None:
         return record.transform_input
     path = expand_user(path)
-    recorded = workdir.read_record(path.parent, "train") if path.name == WEIGHTS else None
+    if path.name != WEIGHTS:
+        return None
+    recorded = workdir.read_record(path.parent, "train")
+    results = path.parent / "results.json"
+    # A combination records the network that it made beside its scores.
+    if workdir.read_record(path.parent, "combine") is not None and results.is_file():
+        recorded = files.read_json(results).get("config")
     # A network of the user's own may set the field by itself.
     if recorded is None or recorded["model"] not in CONVERTING:
         return None
