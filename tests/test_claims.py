@@ -270,7 +270,7 @@ def test_the_pages_count_the_findings(findings):
     checked = len(findings) - verdicts.count(ledger.NOT_COMPUTED)
     wrong = verdicts.count(ledger.WRONG)
     readme = " ".join((ROOT / "README.md").read_text().split())
-    assert f"We checked {checked} of their {len(findings)} statements" in readme
+    assert f"Of {len(findings)} statements in these lectures, we checked {checked};" in readme
     assert f"; {wrong} are wrong as printed" in readme
     page = (ROOT / "docs" / "lectures.md").read_text()
     assert f"We collected {len(findings)} statements" in page
