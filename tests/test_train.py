@@ -150,6 +150,14 @@ def test_two_processes_train_as_one(on_one_device):
         np.testing.assert_allclose(step_losses[way], on_one_device[0][:12], rtol=1e-5)
 
 
+def test_several_devices_use_shard_map_where_jax_has_no_pmap(monkeypatch):
+    assert jax.device_count() > 1 and Parallel("auto").way == "pmap"
+    monkeypatch.delattr(jax, "pmap")
+    assert Parallel("auto").way == "shard_map"
+    with pytest.raises(ValueError, match="parallel='pmap': this jax has no pmap; use 'shard_map'"):
+        Parallel("pmap")
+
+
 @pytest.mark.slow
 def test_how_many_steps_a_call_takes_changes_no_bit(on_one_device):
     parallel = Parallel("jit")

@@ -50,12 +50,15 @@ class Parallel:
       axis_name: the name of the axis of devices; None on one device.
 
     Raises:
-      ValueError: for another way, and for "jit" with several processes.
+      ValueError: for another way, for "jit" with several processes, and for "pmap" where jax has
+        none.
     """
 
     def __init__(self, way: str = "auto"):
         if way not in WAYS:
             raise ValueError(f"parallel={way!r} is not one of {', '.join(WAYS)}")
+        if way == "pmap" and not hasattr(jax, "pmap"):
+            raise ValueError("parallel='pmap': this jax has no pmap; use 'shard_map' or 'auto'")
         self.way = _automatic_way() if way == "auto" else way
         if self.way == "jit" and jax.process_count() > 1:
             raise ValueError(
