@@ -108,6 +108,8 @@ def test_a_training_step_of_nnx_is_that_of_linen(model, shape):
         # Every operation is exported in test_lowering.py.
         ("resnet18", (64, 64, 3), "reflect"),
         ("mobilenet_v2", (32, 32, 3), "replicate"),
+        ("squeezenet1_1", (64, 64, 3), "circular"),
+        ("densenet121", (32, 32, 3), "symmetric"),
     ],
 )
 def test_an_exported_network_computes_the_same_for_every_batch_size(
