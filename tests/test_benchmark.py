@@ -269,7 +269,6 @@ def test_memory_that_the_system_does_not_tell_is_left_out(monkeypatch):
     assert sides._peak_memory("cnnjax", "cpu", lambda n: None, 1.0) is None
 
 
-@pytest.mark.slow
 def test_other_options_have_another_default_folder(monkeypatch):
     folders = []
     monkeypatch.setattr(benchmark, "_work", lambda options, folder: folders.append(folder))
