@@ -641,8 +641,6 @@ def test_the_speedrun_learns_and_goes_on(
     """Two epochs of a narrow network reach 30 %; a second call adds the missing runs."""
     arguments = f"--workdir {tmp_path} --data_dir {data_dir} --n_train 2000 --n_test 200".split()
     arguments += "--batch_size 200 --width 8 --epochs 2 --whiten_epochs 1".split()
-    quickly = jax.jit(speedrun.train_and_test.__wrapped__, static_argnames="config")
-    monkeypatch.setattr(speedrun, "train_and_test", quickly)
     load = arrays.load
 
     def beginning(split, count):
