@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from test_train import CONSTANTS, MOMENTS, NUMBERS, Tiny, one_step, some_data
+from test_train import CONSTANTS, MOMENTS, NUMBERS, Tiny, some_data
 
 from cnnjax.models import Network, create_model
 from cnnjax.models.small import SmallResNet
