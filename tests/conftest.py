@@ -3,6 +3,7 @@ import gc
 import os
 import pathlib
 import re
+import signal
 import sys
 
 import contexts
@@ -167,3 +168,16 @@ def standard_promotion():
 def without_figures(monkeypatch):
     """Reports of training have empty figures."""
     quick.without_figures(monkeypatch.setattr)
+
+
+@pytest.fixture
+def handlers():
+    """Puts back the handlers of signals after a test that stops a command by one.
+
+    Such a command leaves SIGUSR1 and SIGUSR2 ignored until its process ends.
+    """
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+    before = [signal.getsignal(number) for number in numbers]
+    yield
+    for number, handler in zip(numbers, before):
+        signal.signal(number, handler)

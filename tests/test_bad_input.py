@@ -552,8 +552,10 @@ def place(folder: pathlib.Path) -> dict[str, str]:
     }
 
 
-def contents(folder: pathlib.Path) -> dict[str, bytes]:
-    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+def stamps(folder: pathlib.Path) -> dict[str, tuple[int, int]]:
+    """Returns the size and the time of the last change of each file."""
+    found = {str(path): path.stat() for path in folder.rglob("*") if path.is_file()}
+    return {path: (stat.st_size, stat.st_mtime_ns) for path, stat in found.items()}
 
 
 @pytest.fixture(scope="module")
@@ -576,7 +578,7 @@ def done(tmp_path_factory):
     ]
     # Commands run in `folder`, whose runs/ is no one else's.
     shutil.copytree(ROOT / "configs", folder / "configs")
-    before = contents(folder)
+    before = stamps(folder)
     paths = set(folder.rglob("*"))
     exchange = tmp_path_factory.mktemp("exchange")
     cases, found = exchange / "cases.json", exchange / "found.json"
@@ -586,7 +588,7 @@ def done(tmp_path_factory):
     outcomes = [json.loads(line) for line in found.read_text().splitlines()]
     crashed = commands[len(outcomes) :][:1]
     assert process.returncode == 0, f"{process.returncode} in {crashed}: {process.stderr}"
-    after = {path: content for path, content in contents(folder).items() if path in before}
+    after = {path: stamp for path, stamp in stamps(folder).items() if path in before}
     assert after == before
     # A refused run creates no folder.
     assert set(folder.rglob("*")) == paths

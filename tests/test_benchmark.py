@@ -269,7 +269,6 @@ def test_memory_that_the_system_does_not_tell_is_left_out(monkeypatch):
     assert sides._peak_memory("cnnjax", "cpu", lambda n: None, 1.0) is None
 
 
-@pytest.mark.slow
 def test_other_options_have_another_default_folder(monkeypatch):
     folders = []
     monkeypatch.setattr(benchmark, "_work", lambda options, folder: folders.append(folder))
@@ -642,8 +641,6 @@ def test_the_speedrun_learns_and_goes_on(
     """Two epochs of a narrow network reach 30 %; a second call adds the missing runs."""
     arguments = f"--workdir {tmp_path} --data_dir {data_dir} --n_train 2000 --n_test 200".split()
     arguments += "--batch_size 200 --width 8 --epochs 2 --whiten_epochs 1".split()
-    quickly = jax.jit(speedrun.train_and_test.__wrapped__, static_argnames="config")
-    monkeypatch.setattr(speedrun, "train_and_test", quickly)
     load = arrays.load
 
     def beginning(split, count):

@@ -364,6 +364,7 @@ exit 3
 """
 
 
+@pytest.mark.usefixtures("handlers")
 @pytest.mark.parametrize("code", [75, 0])
 def test_a_signal_reaches_the_sweep(code, tmp_path, monkeypatch):
     """The sweep saves and ends with 75, or has just finished."""
@@ -373,7 +374,7 @@ def test_a_signal_reaches_the_sweep(code, tmp_path, monkeypatch):
     monkeypatch.setattr(mlp_vs_convnet.sys, "executable", str(program))
     monkeypatch.setattr(mlp_vs_convnet, "ROOT", tmp_path)
     # The test's process must outlive the signal in any case.
-    previous = signal.signal(signal.SIGTERM, lambda *arguments: None)
+    signal.signal(signal.SIGTERM, lambda *arguments: None)
 
     def stop():
         while not (tmp_path / "begun").exists():
@@ -386,7 +387,6 @@ def test_a_signal_reaches_the_sweep(code, tmp_path, monkeypatch):
         assert mlp_vs_convnet.run_sweep("mlp1_cifar10", tmp_path / "sweep", []) == 75
     finally:
         thread.join()
-        signal.signal(signal.SIGTERM, previous)
 
 
 def test_the_comparison_takes_no_folder_of_another(tmp_path, monkeypatch, capsys):

@@ -10,6 +10,8 @@ import sys
 import tomllib
 from collections.abc import Iterator
 
+import pytest
+
 ROOT = pathlib.Path(__file__).parents[1]
 
 # Packages from bottom to top. A module may import from its own floor and from lower ones.
@@ -210,6 +212,7 @@ def test_requirements_are_the_package_and_all_its_extras():
     assert project["optional-dependencies"]["all"] == ["cnnjax[study,dev]"]
 
 
+@pytest.mark.slow
 def test_every_imported_package_is_required():
     """One that another package brings is gone when that package does without it.
 

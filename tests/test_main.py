@@ -51,13 +51,8 @@ COMMANDS = (
 
 @pytest.mark.slow
 def test_a_run_leaves_its_record(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-m", "cnnjax.main", *SMALL, "--workdir", tmp_path / "run"],
-        cwd=ROOT,
-        env=quick.environment(),
-        capture_output=True,
-        text=True,
-    )
+    arguments = ("cnnjax.main", *SMALL, "--workdir", tmp_path / "run")
+    done = forked.run(*arguments, flags=quick.FLAGS)
     assert done.returncode == 0, done.stderr
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     environment = json.loads((tmp_path / "run" / "environment.json").read_text())
@@ -68,7 +63,7 @@ def test_a_run_leaves_its_record(tmp_path):
     assert json.loads((tmp_path / "run" / "results.json").read_text())["kind"] == "position"
     assert (tmp_path / "run" / "report.md").stat().st_size > 1000
     # A run of another configuration is refused in this directory.
-    other = forked.run("cnnjax.main", *SMALL, "--config.seed=1", "--workdir", tmp_path / "run")
+    other = forked.run(*arguments, "--config.seed=1")
     assert (
         other.returncode == 2
         and "holds a run of another configuration (seed=0 there, 1 now); choose another --workdir"

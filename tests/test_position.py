@@ -362,6 +362,8 @@ def test_encoding_copies_variables_to_the_device_once(monkeypatch):
     encode(model, variables, images, ["conv1"])
     assert len(given) == 2
     assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(given))
+    first, second = map(jax.tree.leaves, given)
+    assert all(a is b for a, b in zip(first, second, strict=True))
 
 
 def test_images_of_a_later_call_have_noise_of_their_own():

@@ -1092,14 +1092,18 @@ if __name__ == "__main__":
                 for number in signals:
                     os.kill(worker.pid, number)
                 disturbed.add(worker)
+            time.sleep(0.001)
+        os.kill(os.getpid(), signal.SIGTERM)
     received = []
     for number in signals:
         signal.signal(number, lambda number, frame: received.append(number))
     threading.Thread(target=disturb, daemon=True).start()
     one = stream.iterate(stream.TrainingBatches(source, 36, range(1000), seed=0, **options), 1)
     two = stream.iterate(stream.TrainingBatches(source, 36, range(1000), seed=1, **options), 1)
-    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
     next(one), next(two)
+    deadline = time.monotonic() + 60
+    while not received and time.monotonic() < deadline:
+        time.sleep(0.01)
     assert received == [signal.SIGTERM], received
     assert not signal.pthread_sigmask(signal.SIG_BLOCK, ())
     workers = multiprocessing.active_children()
@@ -1130,7 +1134,7 @@ if __name__ == "__main__":
 
 @pytest.mark.slow
 def test_workers_outlive_signals_and_end_at_once(colors, tmp_path):
-    """Workers ignore signals, which the parent handles, and end quietly with their stream.
+    """Workers block signals, which the parent handles, and end quietly with their stream.
 
     They do so from their start, while the parent still gets its own.
 

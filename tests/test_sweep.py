@@ -451,16 +451,6 @@ def test_a_run_that_another_job_leaves_is_taken_up(run_sweep, tmp_path, capfd):
     assert row["unfinished"] == []
 
 
-@pytest.fixture
-def handlers():
-    """A command that a signal stops leaves SIGUSR1 and SIGUSR2 ignored until its process ends."""
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-    before = [signal.getsignal(number) for number in numbers]
-    yield
-    for number, handler in zip(numbers, before):
-        signal.signal(number, handler)
-
-
 @pytest.mark.usefixtures("handlers")
 def test_a_sweep_that_is_stopped_while_it_waits_says_what_is_unfinished(
     run_sweep, tmp_path, monkeypatch

@@ -322,6 +322,16 @@ def test_the_probe_extracts_features_when_they_are_needed(monkeypatch):
     assert (shared.train.labels == train[:, 0] % 10).all()
 
 
+class Optimized(probe.Parallel):
+    """On one device, with programs that are compiled as users' are."""
+
+    def __init__(self):
+        super().__init__("jit")
+
+    def compile(self, function, **counts):
+        return quick.optimized(functools.partial(function, self.axis_name))
+
+
 @pytest.mark.slow
 def test_mobilenets_real_features_tell_cifar_classes_apart(data_dir, tmp_path, monkeypatch):
     """A linear probe on 120 images is far better with real weights than with random ones."""
@@ -330,7 +340,9 @@ def test_mobilenets_real_features_tell_cifar_classes_apart(data_dir, tmp_path, m
         weights.load_torchvision(file, create_model("mobilenet_v2"))
     # Batches without filling, on one device.
     monkeypatch.setattr(probe, "_BATCH", 60)
-    monkeypatch.setattr(probe, "Parallel", functools.partial(probe.Parallel, "jit"))
+    monkeypatch.setattr(probe, "Parallel", Optimized)
+    # quick.key would call itself.
+    monkeypatch.setattr(jax.random, "key", functools.partial(jax.random.key, impl=quick._HASH))
     probe.main(
         [
             "--weights",
