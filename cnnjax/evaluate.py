@@ -82,7 +82,7 @@ def list_classes(
     """
     from cnnjax.data import folders
 
-    classes = [splits.class_name(name) for name in classes]
+    classes = splits.class_names(classes)
     try:
         source = folders.Folder(folder)
     except ValueError as error:

@@ -45,11 +45,8 @@ def bind(folder: pathlib.Path) -> None:
     Raises `ValueError` if the folder holds something else, such as a training run.
     """
     record = {"command": "mlp_vs_convnet"}
-    # Earlier versions left no record beside their results.
-    if (folder / "comparison.json").exists() and not (folder / "config.json").exists():
-        workdir.prepare(folder, record, computes=False)
     # Nothing is computed in this process, which must not take the sweeps' devices.
-    with workdir.prepared(folder, record, computes=False):
+    with workdir.prepared(folder, record, computes=False, unrecorded="comparison.json"):
         pass
 
 

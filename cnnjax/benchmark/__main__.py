@@ -435,10 +435,7 @@ def _work(options, folder: pathlib.Path) -> None:
         "configurations": options.configurations,
         "photographs": options.photographs,
     }
-    # Earlier versions left no record beside their results.
-    if (folder / "benchmark.json").exists() and not (folder / "config.json").exists():
-        workdir.prepare(folder, record)
-    with workdir.prepared(folder, record):
+    with workdir.prepared(folder, record, unrecorded="benchmark.json"):
         _measure(options, sides, folder)
     print((folder / "report.md").read_text())
 

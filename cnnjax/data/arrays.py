@@ -65,7 +65,7 @@ def _check_distinct(classes: np.ndarray, subject: str) -> None:
 
     `load` still accepts such files: earlier versions wrote them, and their runs may be resumed.
     """
-    counts = collections.Counter(splits.class_name(name) for name in classes.tolist())
+    counts = collections.Counter(splits.class_names(classes.tolist()))
     for name, count in counts.items():
         if count > 1:
             raise ValueError(f"{subject} has {count} classes named {name!r}; expected one")

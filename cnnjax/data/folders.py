@@ -66,7 +66,7 @@ class Folder:
 
         # Classes of `order` come first; `sorted` keeps the others by name.
         folders = sorted(top.folders, key=rank_of)
-        self.classes = tuple(splits.class_name(folder.name) for folder in folders)
+        self.classes = splits.class_names([folder.name for folder in folders])
         _check_names(folders)
         self.files: list[tuple[pathlib.Path, int]] = []
         # Counts of what is passed over, by its kind.

@@ -53,8 +53,8 @@ def class_names(names: Sequence[str | int]) -> tuple[str, ...]:
 
 def describe_classes(expected: Sequence[str], actual: Sequence[str]) -> str:
     """Describes how classes differ from those expected; returns "" if they do not."""
-    expected = [class_name(name) for name in expected]
-    actual = [class_name(name) for name in actual]
+    expected = class_names(expected)
+    actual = class_names(actual)
     if actual == expected:
         return ""
     missing = sorted(set(expected) - set(actual))

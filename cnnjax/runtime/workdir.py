@@ -445,11 +445,16 @@ def _has_keys_of(path: pathlib.Path, config: dict) -> bool:
 
 @contextlib.contextmanager
 def prepared(
-    folder: str | os.PathLike, config: dict, computes: bool = True
+    folder: str | os.PathLike, config: dict, computes: bool = True, unrecorded: str | None = None
 ) -> Iterator[pathlib.Path]:
     """Claims and prepares a work directory for the work in the context, and gives its path.
 
-    The arguments are those of `prepare`.
+    Args:
+        folder: as in `prepare`.
+        config: likewise.
+        computes: likewise.
+        unrecorded: the name of a result beside which earlier versions left no record. A folder that
+            holds it, and no record, is accepted.
 
     Raises:
         ValueError: as `claims.claim` and `prepare`, and for files that no run wrote. Work that is
@@ -457,7 +462,8 @@ def prepared(
     """
     folder = pathlib.Path(folder)
     with _removed_if_empty(folder), claims.claim(folder):
-        _check_foreign(folder, config)
+        if unrecorded is None or not (folder / unrecorded).exists():
+            _check_foreign(folder, config)
         with _undone_if_refused(folder):
             prepare(folder, config, computes)
             yield folder

@@ -71,7 +71,7 @@ class Training:
     def data_record(self) -> dict[str, Any]:
         """Describes the data that a run depends on, as JSON."""
         return {
-            "classes": [splits.class_name(name) for name in self.data.classes],
+            "classes": list(splits.class_names(self.data.classes)),
             "n_train": self.data.n_train,
             "n_validation": self.data.n_validation,
             "digest": self.data.digest,

@@ -5,9 +5,10 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float32, Int
+from jaxtyping import Array, Float, Int
 
 from cnnjax.models import Network
+from cnnjax.nn.geometry import widen
 from cnnjax.runtime.types import AnyArray
 from cnnjax.visualize.stages import check_stage, class_logits, stage_maps
 
@@ -18,10 +19,11 @@ def grad_cam(
     images: Float[AnyArray, "batch height width channels"],
     stage: str,
     classes: int | Sequence[int] | Int[AnyArray, " batch"],
-) -> Float32[Array, "batch rows columns"]:
+) -> Float[Array, "batch rows columns"]:
     """Weights a stage's maps by the mean gradients of the class's logit.
 
-    Returns the weighted sum of the maps over channels, float32, with negative values set to 0.
+    Returns the weighted sum of the maps over channels, in float32 or more, with negative values set
+    to 0.
 
     Args:
       model: the network.
@@ -52,7 +54,5 @@ def _grad_cam(model, variables, images, stage, classes):
         logits = class_logits(model, variables, images, replace={stage: lambda _: maps})
         return jnp.take_along_axis(logits, classes[:, None], 1).sum()
 
-    # Sums of 16-bit types lose their digits.
-    gradients = jax.grad(evidence)(maps).astype(jnp.float32)
-    importance = gradients.mean((1, 2), keepdims=True)
-    return jnp.maximum((importance * maps.astype(jnp.float32)).sum(3), 0)
+    importance = widen(jax.grad(evidence)(maps)).mean((1, 2), keepdims=True)
+    return jnp.maximum((importance * widen(maps)).sum(3), 0)

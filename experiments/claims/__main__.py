@@ -27,10 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
         from experiments.claims.sections import SECTIONS
 
         record = {"command": "claims"}
-        # Earlier versions left no record beside their results.
-        if (folder / "claims.json").exists() and not (folder / "config.json").exists():
-            workdir.prepare(folder, record)
-        with workdir.prepared(folder, record):
+        with workdir.prepared(folder, record, unrecorded="claims.json"):
             findings = check_claims(claim for section in SECTIONS for claim in section.claims)
             records = [dataclasses.asdict(finding) for finding in findings]
             files.write_json(folder / "claims.json", records)

@@ -72,9 +72,7 @@ def _add_taps(padded, kernel, window):
 
     if not _is_long(kernel.shape[:2]):
         return _add_unrolled(widen(padded), kernel, window).astype(padded.dtype)
-    first_inputs = widen(_rows_under(padded, kernel.shape[:2], window, 0))
-    first = _add_unrolled(first_inputs, kernel[:1], window)
-    return lax.fori_loop(1, kernel.shape[0], add_row, first).astype(padded.dtype)
+    return lax.fori_loop(1, kernel.shape[0], add_row, add_row(0, 0)).astype(padded.dtype)
 
 
 def _add_unrolled(padded, kernel, window):
