@@ -182,16 +182,9 @@ def draw_images(
         else:
             drawn = photographs.random_crops(part, count, _SIZE, seed)
         if point.images == "shuffled":
-            drawn = shuffled(drawn, seed)
+            drawn = photographs.shuffle_pixels(drawn, seed)
         images.append(drawn)
     return images
-
-
-def shuffled(images: np.ndarray, seed: int) -> np.ndarray:
-    """Permutes the pixels of each image, all channels of a pixel together."""
-    rng = np.random.default_rng(seed)
-    pixels = [rng.permutation(image.reshape(-1, 3)).reshape(image.shape) for image in images]
-    return np.stack(pixels)
 
 
 def scored(readout: str, grid: str, count: int, maps: np.ndarray) -> dict:

@@ -31,18 +31,22 @@ from typing import NamedTuple
 import ml_collections
 
 from cnnjax.data import photographs
+from cnnjax.position import defaults
 from cnnjax.position import study as position_study
-from cnnjax.position.check import DATA
 from cnnjax.position.targets import TARGETS
 from cnnjax.runtime import backend, command, configuration, files, tables, workdir
 from cnnjax.study import select, unique
 from configs import posenet
 
 READOUTS = ("sgd", "exact")
+# Keys that are left out of the names of folders while they have their earlier value, so that
+# studies of before are found.
+_LATER = ("fitted_to",)
 
 # SPC (Spearman's rank correlation) and MAE (mean absolute error), as printed in the paper.
 
-# Table 1: lines H, V, G, HS, VS; columns photographs, black, white, noise.
+# Table 1: lines H, V, G, HS, VS; columns of these kinds of images.
+_KINDS = ("natural", "black", "white", "noise")
 _POSENET = """
      .012/.251  .0/.251   .0/.251   .001/.251
      .131/.248  .0/.251   .0/.251   .053/.250
@@ -142,7 +146,7 @@ def main_rows() -> Iterator[Row]:
         ("VGG-16", changes(), _VGG16, "vgg16", "zeros"),
         ("ResNet-152", changes(("resnet152",)), _RESNET152, "resnet152", "zeros"),
     ):
-        yield Row(label, changed, published(text, TARGETS, DATA), encoder, padding)
+        yield Row(label, changed, published(text, TARGETS, _KINDS), encoder, padding)
 
 
 def photograph_row(
@@ -337,6 +341,8 @@ def check_trained(trained: set[str], tables: list[str]) -> None:
 
 def check_photographs(row: Row, config: ml_collections.ConfigDict) -> None:
     """Raises `ValueError` if a row is fitted to fewer photographs than it names."""
+    if config.fitted_to == "noise":
+        raise ValueError(f"fitted_to='noise': row {row.label!r} is to be fitted to photographs")
     count = position_study.count_photographs(config)["train"]
     if count < config.n_train:
         paths, _ = photographs.find_photographs(config.photographs)
@@ -371,6 +377,9 @@ def study_name(
       any_seeds: whether the name is the same for every number of seeds.
     """
     settings = config.to_dict()
+    for key in _LATER:
+        if settings[key] == defaults.BEFORE[key]:
+            del settings[key]
     if any_seeds:
         del settings["seeds"]
     for key, digest in (contents or {}).items():

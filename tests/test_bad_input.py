@@ -258,7 +258,10 @@ CASES = [
         (*STUDY, "--config.targets=('H','H')"),
         "targets=('H', 'H') must name at least one, each once",
     ),
-    ((*STUDY, "--config.data=('gray',)"), "data='gray' is not one of natural, black, white, noise"),
+    (
+        (*STUDY, "--config.data=('gray',)"),
+        "data='gray' is not one of natural, shuffled_pixels, black, white, noise",
+    ),
     ((*SQUEEZENET, "--config.stages=('conv9',)"), "stages='conv9' is not a stage that"),
     ((*STUDY, "--config.kernel=29"), "kernel=29 is not between 1 and 28, the side of the features"),
     ((*STUDY, "--config.kernel=0"), "kernel=0 is not between 1 and 28"),

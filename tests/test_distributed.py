@@ -1,5 +1,6 @@
 """Training in several processes: losses as in one, no waiting for dead ones."""
 
+import itertools
 import json
 import pathlib
 import re
@@ -9,6 +10,7 @@ import time
 
 import forked
 import numpy as np
+import PIL.Image
 import pytest
 import quick
 
@@ -66,6 +68,34 @@ def test_several_processes_train_as_one(tmp_path):
     assert (several / "report.md").exists()
     assert not list(several.glob("*.claim"))
     assert not list(several.glob("*.partial"))
+
+
+def test_two_processes_share_each_batch_of_a_folder(tmp_path):
+    """Both read ahead and take the same number of steps before they wait for each other."""
+    generator = np.random.default_rng(0)
+    for split, label, number in itertools.product(("train", "val"), "ab", range(20)):
+        path = tmp_path / split / label / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        PIL.Image.fromarray(generator.integers(0, 256, (12, 12, 3), np.uint8)).save(path)
+    arguments = [
+        "--config.dataset=folder",
+        f"--config.data_dir={tmp_path}",
+        "--config.n_validation=0",
+        "--config.image_size=8",
+        "--config.resize=10",
+        "--config.workers=0",
+        "--config.batch_size=2",
+        "--config.epochs=2",
+        "--config.checkpoint_every_steps=13",
+    ]
+    one = alone(tmp_path / "one", *arguments)
+    processes = start(2, tmp_path / "two", *arguments)
+    errors = [process.communicate(timeout=300)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], errors
+    results = json.loads((tmp_path / "two" / "results.json").read_text())
+    for epoch, of_one in zip(results["history"], one["history"], strict=True):
+        assert epoch["step"] == of_one["step"]
+        np.testing.assert_allclose(epoch["train_loss"], of_one["train_loss"], rtol=1e-4)
 
 
 def test_one_that_is_killed_stops_the_others_and_the_run_goes_on_with_fewer(tmp_path):

@@ -33,6 +33,8 @@ from cnnjax.runtime import command, files, workdir
 from configs import posenet
 from experiments import position_tables
 
+KINDS = defaults.get_config().data
+
 
 def test_targets_are_the_official_maps():
     maps = {name: target(name, 224) for name in TARGETS}
@@ -527,6 +529,9 @@ def test_the_job_writes_every_row(finished, small_config):
         "n_seeds",
         "r2_median",
         "strengths",
+        "fitted_to",
+        "spc_by_seed",
+        "r2_by_seed",
     )
     assert written["kind"] == "position"
     assert all(tuple(row) == columns for row in rows)
@@ -541,7 +546,7 @@ def test_the_job_writes_every_row(finished, small_config):
         ("small", "none", "sgd"),
         ("small", "circular", "exact"),
     ]
-    assert combinations == {(*s, t, d) for s in settings for t in TARGETS for d in study.DATA}
+    assert combinations == {(*s, t, d) for s in settings for t in TARGETS for d in KINDS}
     assert len(rows) == len(combinations)
     count = {"natural": 4, "black": 1, "white": 1, "noise": 2}
     assert all(row["n_images"] == count[row["data"]] for row in rows)
@@ -568,7 +573,7 @@ def test_report_and_figures_are_there_and_readable(finished):
     report = (finished / "report.md").read_text()
     figures = ["spc_by_padding.png", "rings.png"]
     for name in ("posenet", "small"):
-        figures += [f"maps_{name}_{kind}.png" for kind in study.DATA]
+        figures += [f"maps_{name}_{kind}.png" for kind in KINDS]
     for name in figures:
         assert f"]({name})" in report
         with PIL.Image.open(finished / name) as image:
@@ -578,7 +583,10 @@ def test_report_and_figures_are_there_and_readable(finished):
     others = ["config.json", "environment.json", "inputs.json", "maps.npz", "report.md"]
     names = sorted(path.name for path in finished.iterdir())
     assert names == sorted([*figures, "cells", *others, "results.json"])
-    described = "4 image(s) a seed (crops of 4 photograph(s); fitted to crops of 6, the ridge "
+    described = (
+        "4 image(s) a seed (crops of 4 photograph(s)), 2 seed(s); readouts fitted to crops of 6 "
+        "photograph(s), the ridge strength chosen on crops of 3."
+    )
     assert described in report
 
 
@@ -626,14 +634,14 @@ def test_an_interrupted_study_goes_on_from_the_files_of_its_points(
     with np.load(path) as archive:
         names = set(archive.files)
     expected = {"residual", "seconds"} | {f"strength/{name}" for name in TARGETS}
-    for kind in study.DATA:
+    for kind in KINDS:
         expected |= {f"maps/exact/{kind}", f"rings/H/{kind}/spc", f"rings/H/{kind}/mae"}
         for name in TARGETS:
             expected |= {f"scores/exact/{name}/{kind}/{metric}" for metric in METRICS}
     assert names == expected
 
     (point,) = [p for p in study.list_points(small_config) if p.file == path.name and p.seed == 0]
-    results.save(tmp_path / "copy.npz", results.load(path, point, TARGETS, study.DATA))
+    results.save(tmp_path / "copy.npz", results.load(path, point, TARGETS, KINDS))
     with np.load(path) as old, np.load(tmp_path / "copy.npz") as new:
         assert all(np.array_equal(old[name], new[name]) for name in names)
 
@@ -642,10 +650,10 @@ def test_an_interrupted_study_goes_on_from_the_files_of_its_points(
     for length in (0, 30, len(whole) // 2):
         (tmp_path / "copy.npz").write_bytes(whole[:length])
         with pytest.raises(ValueError, match="copy.npz is damaged: remove it, and the same"):
-            results.load(tmp_path / "copy.npz", point, TARGETS, study.DATA)
+            results.load(tmp_path / "copy.npz", point, TARGETS, KINDS)
     np.savez(tmp_path / "copy.npz", spc=np.zeros(1))
     with pytest.raises(ValueError, match=r"copy.npz lacks an array \(.*\); remove it"):
-        results.load(tmp_path / "copy.npz", point, TARGETS, study.DATA)
+        results.load(tmp_path / "copy.npz", point, TARGETS, KINDS)
 
     # Interrupted before its end, the study measures only the points without a file.
     folder = shutil.copytree(finished, tmp_path / "again")
@@ -655,7 +663,7 @@ def test_an_interrupted_study_goes_on_from_the_files_of_its_points(
 
     def measure(config, point, **_):
         measured.append(point)
-        return results.load(path, point, TARGETS, study.DATA)
+        return results.load(path, point, TARGETS, KINDS)
 
     monkeypatch.setattr(study, "measure", measure)
     study.run(small_config, folder)
@@ -701,22 +709,51 @@ def test_medians_and_strengths_stand_beside_the_means(tmp_path, monkeypatch):
     assert row.strengths is None
 
 
+def test_differences_between_paddings_are_paired_by_seed():
+    """Seeds differ much, paddings of one seed differ little."""
+    measurements = []
+    for padding, seed, r2 in (
+        ("zeros", 0, [0.1, 0.3]),
+        ("zeros", 1, [0.5, 0.5]),
+        ("zeros", 2, [0.9, 0.7]),
+        ("none", 0, [0.1, 0.1]),
+        ("none", 1, [0.4, 0.3]),
+        ("none", 2, [0.7, 0.7]),
+    ):
+        point = results.Point("vgg11", "random", padding, ("a",), seed)
+        measurements.append(results.Measurement(point, [_scores(r2)], [], [], 0.0, 1.0))
+    rows = results.summarize(measurements, 1, 1)
+    assert rows[0].r2_by_seed == rows[0].spc_by_seed == pytest.approx([0.2, 0.5, 0.8])
+    summary = results.Results(
+        rows=rows, rings=[], chance_mae={}, ridge_residual=0.0, decisions=[], seconds=1.0
+    )
+    text = report._format_by_seed(summary, "black")
+    assert "### SPC by seed, black images" in text
+    # Student's t of 2 degrees of freedom is 4.30; the differences are -.1, -.15 and -.1.
+    assert "| vgg11 | zeros | .50 ± .75 |\n" in text
+    assert "| vgg11 | none - zeros | -.12 ± .07 |\n" in text
+    # A single seed has no interval.
+    rows = results.summarize([each for each in measurements if each.point.seed == 0], 1, 1)
+    assert report._format_by_seed(dataclasses.replace(summary, rows=rows), "black") == ""
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("without_figure_files")
 def test_a_study_of_before_is_reported_again(finished, tmp_path):
-    """Results of earlier versions have neither medians nor strengths."""
+    """Results of earlier versions have neither medians, strengths nor means by seed."""
     folder = shutil.copytree(finished, tmp_path / "old")
     report = (folder / "report.md").read_text()
-    assert "## Ridge strengths" in report
+    assert "## Ridge strengths" in report and "### R2 by seed" in report
     assert re.search(r"\| small \| zeros \| exact \| .*\(\.\d\d\) \|", report)
     written = json.loads((folder / "results.json").read_text())
     del written["photographs"]
     for row in written["rows"]:
-        del row["r2_median"], row["strengths"]
+        for key in ("r2_median", "strengths", "fitted_to", "spc_by_seed", "r2_by_seed"):
+            del row[key]
     (folder / "results.json").write_text(json.dumps(written))
     study.report.write(folder)
     report = (folder / "report.md").read_text()
-    assert "## Ridge strengths" not in report
+    assert "## Ridge strengths" not in report and "### R2 by seed" not in report
     assert "4 image(s) a seed, 2 seed(s)" in report
     assert re.search(r"\| small \| zeros \| exact \| [^(]* \|\n", report)
 
@@ -750,7 +787,10 @@ def test_the_shuffled_control_could_succeed(kernel, padding, align_corners, smal
         ({"sgd_paddings": ("mirror",)}, "padding='mirror' is not one of zeros, none, reflect"),
         ({"paddings": ()}, r"paddings=\(\) must name at least one"),
         ({"targets": ("H", "D")}, "targets='D' is not one of H, V, G, HS, VS"),
-        ({"data": ("natural", "gray")}, "data='gray' is not one of natural, black, white, noise"),
+        (
+            {"data": ("natural", "gray")},
+            "data='gray' is not one of natural, shuffled_pixels, black, white, noise",
+        ),
         ({"targets": ("H", "H")}, "must name at least one, each once"),
         ({"n_train": 0}, "n_train=0 is not a positive number"),
         ({"kernel": 29}, "kernel=29 is not between 1 and 28"),
@@ -759,6 +799,10 @@ def test_the_shuffled_control_could_succeed(kernel, padding, align_corners, smal
         ({"noise": (25.0,)}, "noise=.25.0,. is not a mean and a standard deviation"),
         ({"readout_padding": -1}, "readout_padding=-1 is not a number of at least 0"),
         ({"pixels": "raw"}, "pixels='raw' is not one of imagenet, unit"),
+        (
+            {"fitted_to": "black"},
+            "fitted_to='black' is not one of photographs, shuffled_pixels, noise",
+        ),
         (
             {"stages": ("block9",)},
             "stages='block9' is not a stage that small reaches with padding='zeros' at "
@@ -920,6 +964,34 @@ def test_seeds_of_a_study_draw_from_large_parts(gray_config):
     chosen = {f"{gray:03}" for gray in images["train"][:, 0, 0, 0]}
     assert chosen < {path.stem for path in parts["train"]}
     assert chosen != {path.stem for path in parts["train"][:4]}
+
+
+def test_readouts_are_fitted_to_other_images_than_photographs(gray_config):
+    gray_config.update({"photographs": "", "data": ("natural", "noise", "shuffled_pixels")})
+    drawn = {}
+    for kind in ("photographs", "shuffled_pixels", "noise"):
+        gray_config.fitted_to = kind
+        study.check(gray_config)
+        drawn[kind] = study.draw_images(gray_config, 1)
+        names = ["train", "held_out", "natural", "shuffled_pixels", "noise"]
+        assert list(drawn[kind]) == names
+        # What is scored on does not depend on what is fitted to.
+        for name in gray_config.data:
+            assert np.array_equal(drawn[kind][name], drawn["photographs"][name])
+
+    def sorted_pixels(images):
+        return np.sort(images.reshape(len(images), -1))
+
+    for name in ("train", "held_out"):
+        crops, shuffled = drawn["photographs"][name], drawn["shuffled_pixels"][name]
+        assert not np.array_equal(shuffled, crops)
+        assert np.array_equal(sorted_pixels(shuffled), sorted_pixels(crops))
+    # No noise image is drawn twice.
+    noise = np.concatenate([drawn["noise"][name] for name in ("train", "held_out", "noise")])
+    assert noise.shape == (20 + 5 + 2, 13, 13, 3)
+    assert len({image.tobytes() for image in noise}) == len(noise)
+    assert noise.std() == pytest.approx(64, abs=3)
+    assert study.count_photographs(gray_config) == {"train": 0, "held_out": 0, "natural": 2}
 
 
 def test_a_study_stopped_at_its_report_goes_on(gray_config, tmp_path, monkeypatch, capsys):
@@ -1325,9 +1397,21 @@ def test_bad_input_of_tables_is_refused_before_the_first_study(tmp_path, capsys,
 
 def test_tables_keep_studies_of_drawn_photographs_apart(gray_config):
     """Earlier versions took the first photographs of each part."""
-    assert position_tables.study_name(gray_config) == files.digest(gray_config.to_dict())
-    gray_config.n_train = 4
-    assert position_tables.study_name(gray_config) != files.digest(gray_config.to_dict())
+    name = position_tables.study_name(gray_config)
+    # The digest of before the key `fitted_to`.
+    settings = gray_config.to_dict()
+    del settings["fitted_to"]
+    assert name == files.digest(settings)
+    gray_config.fitted_to = "noise"
+    assert position_tables.study_name(gray_config) != name
+    gray_config.update({"fitted_to": "photographs", "n_train": 4})
+    assert position_tables.study_name(gray_config) != files.digest(settings | {"n_train": 4})
+
+
+def test_the_names_of_tables_studies_stay():
+    """Otherwise, the finished studies of a work directory would be measured again."""
+    config = posenet.get_config()
+    assert position_tables.study_name(config) == "21c78340"
 
 
 def test_tables_name_studies_by_the_contents_of_their_files(gray_config, tmp_path):

@@ -11,6 +11,7 @@ import PIL.Image
 import pytest
 from quick import exit_code
 
+from cnnjax.data import photographs
 from cnnjax.models import base
 from cnnjax.models.small import SmallConvNet
 from cnnjax.nn import Conv
@@ -85,7 +86,7 @@ def test_the_study_knows_whether_photographs_are_drawn(counts, images, is_drawn)
 
 def test_shuffling_moves_whole_pixels_of_one_image():
     images = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), np.uint8)
-    shuffled = position_fitted.shuffled(images, seed=1)
+    shuffled = photographs.shuffle_pixels(images, seed=1)
     assert not np.array_equal(shuffled, images)
     for before, after in zip(images, shuffled):
         pixels = sorted(map(tuple, before.reshape(-1, 3).tolist()))

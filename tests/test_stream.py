@@ -931,6 +931,37 @@ def test_ten_views_are_of_the_scale_of_one(tmp_path, resize):
     np.testing.assert_array_equal(ten[:, border:-border, border:-border], one)
 
 
+def test_the_host_waits_for_streamed_steps_only_now_and_then(tmp_path, monkeypatch):
+    """Batches are read while earlier steps are computed: at most eight, or two seconds of them."""
+    for split in ("train", "val"):
+        write(tmp_path / split, ant=[ramp(20, 20)] * 4)
+    config = lenet_digits.get_config()
+    config.update({"dataset": "folder", "data_dir": str(tmp_path), "image_size": 14})
+    config.update({"batch_size": 2, "workers": 0})
+    seconds = [0.0]
+    waits = []
+
+    def take_step(state, constants, batch, numbers, steps_per_epoch):
+        assert batch[0].shape == (2, 14, 14, 3) and steps_per_epoch == 2
+        # The first step compiles; four others in a row are slow.
+        seconds[0] += 20 if state == 0 else 0.5 if 10 <= state < 14 else 0.1
+        return state + 1
+
+    monkeypatch.setattr("cnnjax.train.step.streamed_step", lambda parallel, recipe: take_step)
+    monkeypatch.setattr("jax.block_until_ready", lambda state: waits.append(state) or state)
+    monkeypatch.setattr(time, "monotonic", lambda: seconds[0])
+    data = Streamed(config, Parallel("jit"))
+    done = state = 0
+    while done < 40:
+        steps = range(done, 40)
+        state, done = data.advance(
+            recipe=None, numbers=None, constants=None, state=state, steps=steps
+        )
+        assert state == done
+    # Eight steps from 10 on take 2.4 s, 0.3 s each: the next three calls take six.
+    assert waits == [1, 2, 10, 18, 24, 30, 36, 40]
+
+
 @pytest.mark.parametrize("width, height, resize", [(48, 40, 20), (12, 10, 20), (36, 64, 18)])
 def test_the_center_of_a_resized_image(tmp_path, width, height, resize):
     """The ramps show the center of each output pixel in the image's own coordinates."""

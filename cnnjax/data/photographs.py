@@ -430,6 +430,13 @@ def random_crops(paths: list[pathlib.Path], count: int, size: int, seed: int) ->
     return squares
 
 
+def shuffle_pixels(images: np.ndarray, seed: int) -> np.ndarray:
+    """Permutes the pixels of each image, all channels of a pixel together."""
+    rng = np.random.default_rng(seed)
+    pixels = [rng.permutation(image.reshape(-1, 3)).reshape(image.shape) for image in images]
+    return np.stack(pixels)
+
+
 def fit(path: pathlib.Path, height: int, width: int) -> np.ndarray:
     """Resizes a photograph to cover a shape and crops its center.
 
@@ -466,7 +473,7 @@ def synthetic(
     kind: str,
     count: int,
     size: int,
-    seed: int,
+    seed: int | Sequence[int],
     mean: float = 127.5,
     deviation: float = 64.0,
 ) -> np.ndarray:

@@ -15,7 +15,8 @@ from cnnjax.position.targets import TARGETS
 from cnnjax.runtime import configuration
 from cnnjax.runtime.paths import expand_user
 
-DATA = ("natural", "black", "white", "noise")
+DATA = ("natural", "shuffled_pixels", "black", "white", "noise")
+FITTED_TO = ("photographs", "shuffled_pixels", "noise")
 RINGS = 7  # from the border to the center, for scores by distance to the border
 # Keys of a configuration that are tuples of names.
 _NAMES = ("encoders", "missing", "paddings", "stages", "targets", "data", "sgd_paddings")
@@ -72,8 +73,9 @@ def _check_names(config: ml_collections.ConfigDict) -> None:
                 f"padding={fill!r} moves positions, so that stages cannot be registered=True; "
                 f"expected none, {', '.join(ALIGNED)}"
             )
-    if config.pixels not in PIXELS:
-        raise ValueError(f"pixels={config.pixels!r} is not one of {', '.join(PIXELS)}")
+    for key, choices in (("pixels", PIXELS), ("fitted_to", FITTED_TO)):
+        if config[key] not in choices:
+            raise ValueError(f"{key}={config[key]!r} is not one of {', '.join(choices)}")
     for name in config.encoders:
         # Refuses unknown names.
         create_model(name)

@@ -9,6 +9,7 @@ from cnnjax.position.metrics import CONSTANT
 from cnnjax.position.readout import STRENGTHS
 
 DECISIONS = (
+    "Readouts are fitted to photographs, as the authors' are, where `fitted_to` is left as it is. "
     "Photographs are cropped to squares; the authors squash whole images.",
     "Noise images are Gaussian with mean 127.5 and standard deviation 64 where `noise` is left as "
     "it is, another one for each seed; the authors have one dark image with mean 25 and standard "
@@ -36,7 +37,8 @@ DECISIONS = (
     "Where `depth` is above 1, readout 'sgd' has that many convolutions, each but the last "
     "followed by BatchNorm and ReLU; 'exact' keeps one.",
     "Readout 'exact' is the ridge solution on the readout's own grid. Each target's strength is "
-    f"chosen from {STRENGTHS[0]:g} to {STRENGTHS[-1]:g} on held-out photographs.",
+    f"chosen from {STRENGTHS[0]:g} to {STRENGTHS[-1]:g} on held-out images of the kind that the "
+    "readout is fitted to.",
     "Predictions are upsampled to the image's size (bilinear, corners aligned; not aligned in the "
     "authors' code, and here where `align_corners` is False) and scored there, image by image. "
     "Where `shuffled`, targets are made, and predictions scored, on the readout's own grid; all "

@@ -8,6 +8,7 @@ BEFORE = {
     "align_corners": True,
     "standardize": True,
     "registered": False,
+    "fitted_to": "photographs",
 }
 
 
@@ -28,15 +29,19 @@ def get_config() -> ml_collections.ConfigDict:
     config.stages = ()
     # Position maps: "H", "V", "G", "HS", "VS".
     config.targets = ("H", "V", "G", "HS", "VS")
-    # Images that readouts are scored on.
+    # Images that readouts are fitted to: crops of "photographs"; "shuffled_pixels", the same with
+    # the pixels of each crop in random order; or "noise".
+    config.fitted_to = "photographs"
+    # Images that readouts are scored on: crops of other photographs ("natural"), the same with
+    # "shuffled_pixels", "black", "white" and "noise".
     config.data = ("natural", "black", "white", "noise")
     # A folder; empty: the photographs included in scikit-image and scikit-learn.
     config.photographs = ""
     # Height and width of the crops, in pixels.
     config.image_size = 224
-    # Photograph crops that readouts are fitted to.
+    # Images that readouts are fitted to.
     config.n_train = 24
-    # Photograph crops that the strength of the exact readout is chosen on.
+    # Images of the same kind that the strength of the exact readout is chosen on.
     config.n_held_out = 6
     # Photograph crops to score on.
     config.n_test = 12
@@ -53,7 +58,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.registered = False
     # A control: the image with two channels of coordinates, read out without an encoder.
     config.coordinates = False
-    # Train on every crop and its three mirror images, so that content carries no signed position.
+    # Fit to every image and its three mirror images, so that content carries no signed position.
     config.mirrored = False
     # A control: targets on the readout's grid, with their pixels in random order.
     config.shuffled = False

@@ -36,7 +36,10 @@ def write(folder: pathlib.Path) -> None:
     sections = [
         "# Position read from frozen features\n",
         _format_summary(results),
-        *(_format_scores(results, kind) for kind in _values(results.rows, "data")),
+        *(
+            _format_scores(results, kind) + _format_by_seed(results, kind)
+            for kind in _values(results.rows, "data")
+        ),
         _format_strengths(results),
         _format_encoders(results),
         _format_decisions(results),
@@ -85,8 +88,9 @@ def _format_summary(results: Results) -> str:
         lines.append(line)
     return (
         f"## {target}: what padding changes\n\n"
-        f"Exact readout, SPC (R2) of target {target}. On an image without content only a border "
-        "can tell the position.\n\n" + tables.table(["encoder", "padding", *data], lines)
+        f"Exact readout, SPC (R2) of target {target}{_describe_fit(results)}. On an image without "
+        "content only a border can tell the position.\n\n"
+        + tables.table(["encoder", "padding", *data], lines)
     )
 
 
@@ -103,21 +107,77 @@ def _format_scores(results: Results, kind: str) -> str:
     return (
         f"\n## All targets, {kind} images\n\n"
         "SPC ± std / MAE / R2, the median R2 in brackets, as R2 has no lower bound: over "
-        f"{first.n_images} image(s) a seed{_describe_photographs(results, kind)}, "
-        f"{first.n_seeds} seed(s).\n\n"
+        f"{first.n_images} image(s) a seed{_describe_images(results, kind)}, "
+        f"{first.n_seeds} seed(s){_describe_fit(results)}.\n\n"
         + tables.table(["encoder", "padding", "readout", *targets], lines)
     )
 
 
-def _describe_photographs(results: Results, kind: str) -> str:
-    """Describes what natural images are crops of; empty for others and for older results."""
-    if kind != "natural" or results.photographs is None:
+def _describe_images(results: Results, kind: str) -> str:
+    """Tells how many photographs images are crops of; empty for others and for older results."""
+    if kind not in ("natural", "shuffled_pixels") or results.photographs is None:
         return ""
+    return f" (crops of {results.photographs['natural']} photograph(s))"
+
+
+def _describe_fit(results: Results) -> str:
+    """Tells what readouts are fitted to; empty for older results."""
     counts = results.photographs
+    if counts is None:
+        return ""
+    fitted_to = results.rows[0].fitted_to
+    if fitted_to == "noise":
+        return "; readouts fitted to noise"
+    shuffled = " with shuffled pixels" if fitted_to == "shuffled_pixels" else ""
     return (
-        f" (crops of {counts['natural']} photograph(s); fitted to crops of {counts['train']}, the "
-        f"ridge strength chosen on crops of {counts['held_out']})"
+        f"; readouts fitted to crops{shuffled} of {counts['train']} photograph(s), the ridge "
+        f"strength chosen on crops of {counts['held_out']}"
     )
+
+
+def _format_by_seed(results: Results, kind: str) -> str:
+    """Formats a score with intervals over seeds, and differences to an encoder's first padding.
+
+    The score is R2 on the kind of images that readouts are fitted to, and SPC on others, where R2
+    is extrapolation. It is empty for older results, and for a single seed.
+    """
+    rows = _select(results.rows, data=kind, readout="exact")
+    if rows[0].r2_by_seed is None or rows[0].n_seeds < 2:
+        return ""
+    targets = _values(rows, "target")
+    fitted_kind = rows[0].fitted_to.replace("photographs", "natural")
+    metric = "R2" if kind == fitted_kind else "SPC"
+
+    def by_seed(setting: Row, target: str) -> np.ndarray:
+        row = _row(results, setting, target, kind)
+        return np.array(row.r2_by_seed if metric == "R2" else row.spc_by_seed)
+
+    lines = []
+    for encoder in _values(rows, "encoder"):
+        settings = _settings(results, encoder=encoder, readout="exact")
+        for setting in settings:
+            cells = [_format_interval(by_seed(setting, target)) for target in targets]
+            lines.append([encoder, setting.padding, *cells])
+        first = settings[0]
+        for setting in settings[1:]:
+            differences = [by_seed(setting, target) - by_seed(first, target) for target in targets]
+            cells = [_format_interval(values) for values in differences]
+            lines.append([encoder, f"{setting.padding} - {first.padding}", *cells])
+    trained = ""
+    if set(_values(rows, "weights")) - {"none", "random"}:
+        trained = " All seeds share one checkpoint; other trainings may differ by more."
+    return (
+        f"\n### {metric} by seed, {kind} images\n\n"
+        f"{metric} of the exact readout: mean ± half of the 95 % interval (Student's t) over "
+        f"{rows[0].n_seeds} seeds, each with the mean over its images. Seeds draw from the same "
+        "photographs. In lines with two paddings, the second is subtracted seed by seed: all "
+        "paddings of a seed share weights and images. The intervals are not corrected for their "
+        f"number.{trained}\n\n" + tables.table(["encoder", "padding", *targets], lines)
+    )
+
+
+def _format_interval(values: np.ndarray) -> str:
+    return f"{_decimals(values.mean())} ± {_decimals(tables.half_width(values))}"
 
 
 def _format_score(row: Row) -> str:
@@ -141,7 +201,7 @@ def _format_strengths(results: Results) -> str:
         lines.append([setting.encoder, setting.padding, *cells])
     return (
         "\n## Ridge strengths of the exact readout\n\n"
-        "Chosen on held-out photographs, one for each seed.\n\n"
+        "Chosen on held-out images, one for each seed.\n\n"
         + tables.table(["encoder", "padding", *targets], lines)
     )
 

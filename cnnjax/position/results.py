@@ -178,6 +178,9 @@ class Row:
       r2_median: the median, as R2 has no lower bound; None in older results.
       strengths: the exact readout's ridge strength by seed; None for the authors' readout, and if a
         seed's file does not hold it.
+      fitted_to: what the readout was fitted to: "photographs", "shuffled_pixels" or "noise".
+      spc_by_seed: the mean over a seed's images, for each seed; None in older results.
+      r2_by_seed: likewise.
     """
 
     encoder: str
@@ -199,6 +202,9 @@ class Row:
     n_seeds: int
     r2_median: float | None = None
     strengths: Sequence[float] | None = None
+    fitted_to: str = "photographs"
+    spc_by_seed: Sequence[float] | None = None
+    r2_by_seed: Sequence[float] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -243,7 +249,9 @@ class Results:
         return cls(**(values | {"rows": rows, "rings": rings}))
 
 
-def summarize(measurements: list[Measurement], kernel: int, depth: int) -> list[Row]:
+def summarize(
+    measurements: list[Measurement], kernel: int, depth: int, fitted_to: str = "photographs"
+) -> list[Row]:
     """Pools scores over images and seeds.
 
     There is one row per setting, readout, target and data.
@@ -262,6 +270,9 @@ def summarize(measurements: list[Measurement], kernel: int, depth: int) -> list[
                 values = np.concatenate([getattr(scores, metric) for scores in scores_by_seed])
                 columns[metric] = float(values.mean())
                 columns[f"{metric}_std"] = tables.deviation(values)
+            for metric in ("spc", "r2"):
+                means = [float(getattr(scores, metric).mean()) for scores in scores_by_seed]
+                columns[f"{metric}_by_seed"] = means
             rows.append(
                 Row(
                     encoder=point.encoder,
@@ -275,6 +286,7 @@ def summarize(measurements: list[Measurement], kernel: int, depth: int) -> list[
                     depth=depth if first.readout == "sgd" else 1,
                     n_images=len(first.spc),
                     n_seeds=len(scores_by_seed),
+                    fitted_to=fitted_to,
                     **columns,
                 )
             )

@@ -186,7 +186,9 @@ def _write_results(
         measurements=[each for each in measurements if each.point.seed == config.seed],
     )
     summary = Results(
-        rows=results.summarize(measurements, config.kernel, config.depth),
+        rows=results.summarize(
+            measurements, config.kernel, config.depth, fitted_to=config.fitted_to
+        ),
         rings=results.ring_profiles(measurements),
         chance_mae={name: best_constant(goal) for name, goal in zip(config.targets, targets)},
         ridge_residual=max(measurement.residual for measurement in measurements),
@@ -345,8 +347,8 @@ def draw_targets(config: ml_collections.ConfigDict) -> Float[np.ndarray, "target
     return targets.reshape(-1, size**2)[:, order].reshape(targets.shape)
 
 
-def _count_crops(config: ml_collections.ConfigDict) -> dict[str, int]:
-    """Counts the crops of photographs to fit to, to hold out, and to score on."""
+def _count_images(config: ml_collections.ConfigDict) -> dict[str, int]:
+    """Counts the images to fit to, to hold out, and the crops of photographs to score on."""
     return {"train": config.n_train, "held_out": config.n_held_out, "natural": config.n_test}
 
 
@@ -356,20 +358,23 @@ def divide_photographs(
     """Divides the photographs of a seed: to fit to, to hold out, and to score on."""
     # `check` has logged the files that are passed over.
     paths, _ = photographs.find_photographs(config.photographs)
-    counts = _count_crops(config)
+    counts = _count_images(config)
     return dict(zip(counts, photographs.split(paths, tuple(counts.values()), seed)))
 
 
 def count_photographs(config: ml_collections.ConfigDict) -> dict[str, int]:
     """Counts the photographs of each part that are cropped, the same for all seeds."""
     parts = divide_photographs(config, config.seed)
-    return {name: min(count, len(parts[name])) for name, count in _count_crops(config).items()}
+    counts = {name: min(count, len(parts[name])) for name, count in _count_images(config).items()}
+    if config.fitted_to == "noise":
+        counts |= {"train": 0, "held_out": 0}
+    return counts
 
 
 def draws(config: ml_collections.ConfigDict) -> bool:
     """Tells whether a part has more photographs than are needed, which are drawn at random."""
     parts = divide_photographs(config, config.seed)
-    return photographs.is_random_choice(list(parts.values()), tuple(_count_crops(config).values()))
+    return photographs.is_random_choice(list(parts.values()), tuple(_count_images(config).values()))
 
 
 def draw_images(
@@ -377,22 +382,42 @@ def draw_images(
 ) -> dict[str, UInt8[np.ndarray, "_ size size 3"]]:
     """Draws a seed's images: "train", "held_out" and a test set for each kind of data."""
     size = config.image_size
-    counts = _count_crops(config)
     images = {}
-    for number, (name, part) in enumerate(divide_photographs(config, seed).items()):
-        # A seed of its own for each of the three parts.
-        images[name] = photographs.random_crops(part, counts[name], size, seed * 3 + number)
-    # All kinds but "natural".
-    for kind in DATA[1:]:
-        count = config.n_noise if kind == "noise" else 1
-        images[kind] = photographs.synthetic(kind, count, size, seed, *config.noise)
-    if config.mirrored:
-        for name in ("train", "held_out"):
+    for number, name in enumerate(("train", "held_out")):
+        if config.fitted_to == "noise":
+            # Other noise than that to score on, which is drawn with `seed` alone.
+            stream = (seed, 1 + number)
+            count = _count_images(config)[name]
+            drawn = photographs.synthetic("noise", count, size, stream, *config.noise)
+        else:
+            is_shuffled = config.fitted_to == "shuffled_pixels"
+            drawn = _draw_crops(config, name, seed, is_shuffled)
+        if config.mirrored:
             # [n, rows, columns, 3], mirrored along either axis and along both.
-            x = images[name]
-            images[name] = np.concatenate([x, x[:, :, ::-1], x[:, ::-1], x[:, ::-1, ::-1]])
-    used = ("train", "held_out", *config.data)
-    return {name: images[name] for name in images if name in used}
+            mirrored = [drawn[:, :, ::-1], drawn[:, ::-1], drawn[:, ::-1, ::-1]]
+            drawn = np.concatenate([drawn, *mirrored])
+        images[name] = drawn
+    for kind in DATA:
+        if kind not in config.data:
+            continue
+        if kind in ("natural", "shuffled_pixels"):
+            images[kind] = _draw_crops(config, "natural", seed, kind == "shuffled_pixels")
+        else:
+            count = config.n_noise if kind == "noise" else 1
+            images[kind] = photographs.synthetic(kind, count, size, seed, *config.noise)
+    return images
+
+
+def _draw_crops(
+    config: ml_collections.ConfigDict, name: str, seed: int, is_shuffled: bool
+) -> UInt8[np.ndarray, "_ size size 3"]:
+    """Draws crops of a part of the photographs, with their pixels in order or shuffled."""
+    parts = divide_photographs(config, seed)
+    # A random stream of its own for each of the three parts.
+    stream = seed * 3 + list(parts).index(name)
+    count = _count_images(config)[name]
+    crops = photographs.random_crops(parts[name], count, config.image_size, stream)
+    return photographs.shuffle_pixels(crops, stream) if is_shuffled else crops
 
 
 def load_variables(config: ml_collections.ConfigDict, encoder: str, last: str, seed: int) -> dict:

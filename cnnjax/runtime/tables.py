@@ -38,7 +38,7 @@ def bar(values) -> np.ndarray:
     return np.zeros_like(np.asarray(values)[0])
 
 
-def half_width(values: Sequence[float]) -> float:
+def half_width(values: Sequence[float] | np.ndarray) -> float:
     """Computes half of the mean's 95 % interval (Student's t); infinite for one value."""
     # Imported when needed: scipy.stats takes longer to import than everything else here.
     import scipy.stats

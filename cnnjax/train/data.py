@@ -20,10 +20,12 @@ from cnnjax.train import evaluate, step
 from cnnjax.train.parallel import Parallel
 
 _LOG = logging.getLogger("cnnjax")
-# The target length of one compiled call in seconds; signals and losses are checked between calls.
-# The CPU backend allocates a step's memory anew in each call, page by page, which takes an eighth
-# of the ConvNet's time where a call is one step.
+# The target length of `advance` in seconds; signals and losses are checked between its calls, for
+# which the host waits for the device. The CPU backend allocates memory anew in each compiled call,
+# page by page, which takes an eighth of the ConvNet's time where a call is one step.
 SECONDS_A_CALL = 2.0
+# The most steps of `Streamed.advance`, whose batches may all wait on the device.
+_STREAMED_STEPS = 8
 
 Moments = tuple[np.ndarray, np.ndarray]
 Batches = Iterator[tuple[np.ndarray, np.ndarray]]
@@ -183,8 +185,31 @@ def digest_arrays(*parts: arrays.Split | None) -> str:
     return digest.hexdigest()[:8]
 
 
+class _CallLength:
+    """Chooses how many steps take about `SECONDS_A_CALL`."""
+
+    def __init__(self, parallel: Parallel):
+        self._parallel = parallel
+        self._is_compiled = False
+        # The seconds of a step in each of the last three calls.
+        self._step_seconds: collections.deque[float] = collections.deque(maxlen=3)
+
+    def steps(self) -> int:
+        """Returns the number of steps for the next call, the same in all processes."""
+        count = 1
+        if self._step_seconds:
+            count = max(1, int(SECONDS_A_CALL / max(self._step_seconds)))
+        return min(self._parallel.gather(count))
+
+    def record(self, steps: int, seconds: float) -> None:
+        """Records the time of a call, except the first, which compiles."""
+        if self._is_compiled:
+            self._step_seconds.append(seconds / steps)
+        self._is_compiled = True
+
+
 class Resident:
-    """A data set that lives on the devices; one call takes many steps."""
+    """A data set that lives on the devices; one compiled call takes many steps."""
 
     damaged: int | None = None
 
@@ -205,8 +230,7 @@ class Resident:
         self._placed = jax.block_until_ready(parallel.replicate(tuple(train)))
         self._epoch: int | None = None
         self._order = None
-        # The seconds of a step in each of the last three calls.
-        self._step_seconds: collections.deque[float] = collections.deque(maxlen=3)
+        self._call_length = _CallLength(parallel)
 
     def advance(self, *, recipe, numbers, constants, state, steps):
         batch_size = self._config.batch_size
@@ -217,8 +241,8 @@ class Resident:
             self._order = self._parallel.replicate(order)
         images, labels = self._placed
         take_steps = step.resident_steps(self._parallel, recipe, batch_size)
-        stop = min(steps.stop, steps.start + self._steps_a_call())
-        call_began = time.monotonic()
+        stop = min(steps.stop, steps.start + self._call_length.steps())
+        began = time.monotonic()
         state = take_steps(
             state,
             constants,
@@ -227,17 +251,8 @@ class Resident:
             np.int32(stop),
         )
         jax.block_until_ready(state)
-        seconds = (time.monotonic() - call_began) / (stop - steps.start)
-        self._step_seconds.append(seconds)
+        self._call_length.record(stop - steps.start, time.monotonic() - began)
         return state, stop
-
-    def _steps_a_call(self) -> int:
-        """Chooses how many steps fill a call; all processes choose the same number."""
-        # The first call compiles, and the second one times a single step.
-        count = 1
-        if len(self._step_seconds) > 1:
-            count = max(1, int(SECONDS_A_CALL / min(self._step_seconds)))
-        return min(self._parallel.gather(count))
 
     def evaluation(self, split, views=1):
         part = getattr(self._dataset, split)
@@ -252,7 +267,7 @@ class Resident:
 
 
 class Streamed:
-    """A data set that is read and decoded as it is needed; one call takes one step."""
+    """A data set that is read and decoded as it is needed; one compiled call takes one step."""
 
     def __init__(self, config: ml_collections.ConfigDict, parallel: Parallel):
         self._config = config
@@ -266,6 +281,7 @@ class Streamed:
         self.digest = files.digest({use: self._sources[use].digest() for use in uses})
         self.moments = moments_of(config, *imagenet.MOMENTS)
         self._batches: Iterator | None = None
+        self._call_length = _CallLength(parallel)
         self.damaged = 0 if config.skip_damaged else None
         self._reported: set[int] = set()
 
@@ -289,18 +305,25 @@ class Streamed:
         if self._batches is None:
             batches = self._training_batches(steps.start)
             self._batches = stream.iterate(batches, self._config.workers)
-        # With `skip_damaged`, a third array has the number of each damaged image, or -1.
-        images, labels, *third = next(self._batches)
-        for damaged in third:
-            self._count_damaged(damaged[damaged >= 0].tolist())
-        state = step.streamed_step(self._parallel, recipe)(
-            state,
-            constants,
-            self._parallel.share((images, labels)),
-            numbers,
-            np.int32(self.n_train // self._config.batch_size),
-        )
-        return state, steps.start + 1
+        take_step = step.streamed_step(self._parallel, recipe)
+        stop = min(steps.stop, steps.start + min(self._call_length.steps(), _STREAMED_STEPS))
+        began = time.monotonic()
+        for _ in range(steps.start, stop):
+            # With `skip_damaged`, a third array has the number of each damaged image, or -1.
+            images, labels, *third = next(self._batches)
+            for damaged in third:
+                self._count_damaged(damaged[damaged >= 0].tolist())
+            # The next batch is read and copied while the device computes this step.
+            state = take_step(
+                state,
+                constants,
+                self._parallel.share((images, labels)),
+                numbers,
+                np.int32(self.n_train // self._config.batch_size),
+            )
+        jax.block_until_ready(state)
+        self._call_length.record(stop - steps.start, time.monotonic() - began)
+        return state, stop
 
     def _count_damaged(self, damaged: list[int]) -> None:
         """Counts images that were passed over, and logs the name of each once."""
