@@ -42,7 +42,7 @@ _FILES = {
     "initial_weights_sha256": ("initial_weights",),
     "network_sha256": ("model",),
 }
-# Those of them that describe what a run was tested on; with all others, it was trained.
+# Those of the test images; the others are what a run was trained with.
 _TESTED = ("n_test", "test_digest")
 # Seconds between two attempts to start the runs that other processes hold. The first pause doubles
 # up to the longest.
