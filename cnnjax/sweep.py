@@ -33,12 +33,17 @@ from cnnjax.runtime import backend, claims, command, configuration, files, jobs,
 
 _LOG = logging.getLogger("cnnjax")
 _METRICS = ("train_error", "validation_error", "test_error")
-# What results record of the files that a run read, and the keys that name these files.
+# What results record of the files that a run read, and the keys that name these files. Results of
+# earlier versions have the number of test images, but no digest.
 _FILES = {
     "data": ("dataset", "data_dir", "n_validation"),
+    "n_test": ("dataset", "data_dir"),
+    "test_digest": ("dataset", "data_dir"),
     "initial_weights_sha256": ("initial_weights",),
     "network_sha256": ("model",),
 }
+# Those of the test images; the others are what a run was trained with.
+_TESTED = ("n_test", "test_digest")
 # Seconds between two attempts to start the runs that other processes hold. The first pause doubles
 # up to the longest.
 _FIRST_PAUSE = 0.25
@@ -283,7 +288,7 @@ def check_files(runs: list[Run]) -> None:
     """Checks that finished runs of the same files have read the same contents.
 
     Another network is only warned of, since an edit of its file may change nothing. Results of
-    earlier versions do not tell what was read, and are accepted.
+    earlier versions do not tell all that was read, and are accepted.
 
     Raises:
         ValueError: if two runs have read other images or initial weights.
@@ -300,8 +305,9 @@ def check_files(runs: list[Run]) -> None:
             first_run, first_contents = first_reads.setdefault(file_names, (run, contents))
             if contents == first_contents:
                 continue
+            use = "tested" if name in _TESTED else "trained"
             difference = (
-                f"{first_run.name} and {run.name} were trained with different contents of "
+                f"{first_run.name} and {run.name} were {use} with different contents of "
                 + ", ".join(f"{key}={run.config[key]!r}" for key in keys)
             )
             if name != "network_sha256":

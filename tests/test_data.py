@@ -375,6 +375,27 @@ def test_a_saved_data_set_is_read_as_it_was(tmp_path):
     assert arrays.loss_of(str(file)) == "cross_entropy"
 
 
+def test_saved_validation_images_are_used_or_left_out(tmp_path):
+    """As those of CamVid, which also has its own."""
+    data = arrays.load("digits[:300]", n_validation=40)
+    images, labels = data.validation
+    file = tmp_path / "own.npz"
+    validation = arrays.Split(images, labels.astype(np.int64))
+    arrays.save(dataclasses.replace(data, validation=validation), file)
+    again = arrays.load(file, n_validation=40)
+    np.testing.assert_array_equal(again.validation.images, images)
+    np.testing.assert_array_equal(again.validation.labels, labels)
+    assert again.validation.labels.dtype == np.int32
+    np.testing.assert_array_equal(again.train.images, data.train.images)
+    np.testing.assert_array_equal(again.test.images, data.test.images)
+    assert arrays.load(file).validation is None
+    with pytest.raises(ValueError, match="^n_validation=39 is not 0 or 40, .* has of its own$"):
+        arrays.load(file, n_validation=39)
+    validation = arrays.Split(images[:, :7], labels)
+    with pytest.raises(ValueError, match=r"^the validation set of .* has images of \[7, 8, 1\]"):
+        arrays.save(dataclasses.replace(data, validation=validation), file)
+
+
 def test_a_saved_data_set_in_the_home_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     arrays.save(arrays.load("digits[:20]"), "~/own.npz")
@@ -667,6 +688,22 @@ def test_a_class_keeps_its_last_image(count, most):
     assert shares.max() == most and (shares < [1, 2, 4, 6]).all()
     # Each class gives `most` or `most - 1` images, or all but one.
     assert ((shares >= most - 1) | (shares == np.array([0, 1, 3, 5]))).all()
+
+
+@pytest.mark.parametrize(
+    "loss, labels", [("sigmoid", [[0, 1], [1, 1]]), ("pixelwise", [[[0], [255]], [[1], [0]]])]
+)
+def test_images_with_several_classes_are_held_out(loss, labels, monkeypatch):
+    """An image has no class of its own to balance over."""
+    monkeypatch.setitem(sources.DATASETS, "own", Own(loss, labels))
+    data = arrays.load("own", n_validation=1)
+    assert len(data.train.images) == len(data.validation.images) == 1
+    many = np.repeat(labels, 10, 0)
+    mask = splits.hold_out(many, 15)
+    assert mask.shape == (20,) and mask.sum() == 15
+    np.testing.assert_array_equal(splits.hold_out(many, 15), mask)
+    with pytest.raises(ValueError, match="not between 1 and 19: of the 20 .* images, one is kept$"):
+        splits.hold_out(many, 20)
 
 
 @pytest.mark.parametrize(

@@ -131,6 +131,18 @@ def test_a_folders_digest_is_that_of_its_names(tmp_path):
     assert folders.Folder(moved).digest() != digest
 
 
+def test_test_images_have_a_digest_of_their_own(tmp_path):
+    """A run resumes if they have changed; a sweep does not average its test error with others."""
+    for split in ("train", "val"):
+        write(tmp_path / split, ant=[ramp(8, 8)] * 2)
+    config = lenet_digits.get_config()
+    config.update({"dataset": "folder", "data_dir": str(tmp_path)})
+    before = Streamed(config, Parallel("jit"))
+    (tmp_path / "val" / "ant" / "000.png").unlink()
+    after = Streamed(config, Parallel("jit"))
+    assert after.digest == before.digest and after.test_digest != before.test_digest
+
+
 def test_every_kind_of_file_is_read_by_every_reader(tmp_path):
     """Covers suffixes in either case, spaces and accents in names, and links."""
     kinds = {

@@ -294,12 +294,13 @@ def test_a_sweep_goes_on_with_other_workers(run_sweep, tmp_path):
         assert json.loads(record)["workers"] == workers
 
 
+@pytest.mark.parametrize("part, use", [("train", "trained"), ("test", "tested")])
 @pytest.mark.usefixtures("standard_promotion", "without_figures")
-def test_runs_on_different_images_are_not_averaged(tmp_path, capfd):
-    """The images are overwritten after the first run, and a second one is trained on others."""
+def test_runs_on_different_images_are_not_averaged(part, use, tmp_path, capfd):
+    """Some images are overwritten after the first run, and a second one reads others."""
     digits = arrays.load("digits[:200]")
-    images, labels = digits.train
-    turned = dataclasses.replace(digits, train=arrays.Split(images[:, ::-1], labels))
+    images, labels = getattr(digits, part)
+    turned = dataclasses.replace(digits, **{part: arrays.Split(images[:, ::-1], labels)})
     file = tmp_path / "own.npz"
     options = {"dataset": file, "model": "mlp1", "epochs": 1, "batch_size": 100, "parallel": "jit"}
 
@@ -313,7 +314,7 @@ def test_runs_on_different_images_are_not_averaged(tmp_path, capfd):
     arrays.save(digits, file)
     assert run(1) == 0
     arrays.save(turned, file)
-    message = "error: seed=0 and seed=1 were trained with different contents of dataset="
+    message = f"error: seed=0 and seed=1 were {use} with different contents of dataset="
     # The second time, before any run is started.
     for is_started in (True, False):
         capfd.readouterr()
@@ -351,6 +352,22 @@ def test_other_initial_weights_are_refused_and_other_networks_warned_of(tmp_path
         sweep.check_files(runs)
     # Runs may start from different weights on purpose.
     runs[3].config.initial_weights = "other.safetensors"
+    sweep.check_files(runs)
+
+
+def test_errors_on_different_test_images_are_not_averaged(tmp_path):
+    """Results of earlier versions, here those of seed 1, have the number of test images only."""
+    one = {"n_test": 360, "test_digest": "t1"}
+    others = [one | {"test_digest": "t2"}, {"n_test": 359}]
+    runs = finished_runs(tmp_path, one, {"n_test": 360}, *others)
+    sweep.check_files(runs[:2])
+    for run in runs[2:]:
+        message = f"^seed=0 and {run.name} were tested with different contents of dataset='digits',"
+        with pytest.raises(ValueError, match=message):
+            sweep.check_files([*runs[:2], run])
+    # Runs may be tested on different images on purpose.
+    runs[2].config.dataset = "mnist"
+    runs[3].config.data_dir = "elsewhere"
     sweep.check_files(runs)
 
 

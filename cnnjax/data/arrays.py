@@ -32,8 +32,8 @@ def save(data: Dataset, path: str | os.PathLike) -> None:
     """Writes a data set with one class per image to a file that `load` reads.
 
     Args:
-      data: the data set. Its validation images are not written: `load` holds some out. Labels may
-        be integers of any type, and in a list.
+      data: the data set, with or without validation images. Labels may be integers of any type, and
+        in a list.
       path: the file, whose name ends in ".npz"; `~` is expanded.
 
     Raises:
@@ -46,10 +46,12 @@ def save(data: Dataset, path: str | os.PathLike) -> None:
     classes = np.array(data.classes)
     check_classes(classes, str(path))
     _check_distinct(classes, str(path))
-    # A user may give lists.
-    train = Split(images=np.asarray(data.train.images), labels=np.asarray(data.train.labels))
-    test = Split(images=np.asarray(data.test.images), labels=np.asarray(data.test.labels))
-    _check_parts({"training": train, "test": test}, len(classes), "cross_entropy", str(path))
+    train = _as_arrays(data.train)
+    test = _as_arrays(data.test)
+    parts = {"training": train, "test": test}
+    if data.validation is not None:
+        parts["validation"] = _as_arrays(data.validation)
+    _check_parts(parts, len(classes), "cross_entropy", str(path))
     members = {
         "train_images": train.images,
         "train_labels": train.labels.astype(np.int32),
@@ -57,7 +59,18 @@ def save(data: Dataset, path: str | os.PathLike) -> None:
         "test_labels": test.labels.astype(np.int32),
         "classes": classes,
     }
+    if "validation" in parts:
+        validation = parts["validation"]
+        members |= {
+            "validation_images": validation.images,
+            "validation_labels": validation.labels.astype(np.int32),
+        }
     files.write_arrays(path, members, compress=False)
+
+
+def _as_arrays(split: Split) -> Split:
+    """Returns a split as arrays; a user may give lists."""
+    return Split(images=np.asarray(split.images), labels=np.asarray(split.labels))
 
 
 def _check_distinct(classes: np.ndarray, subject: str) -> None:
@@ -162,8 +175,9 @@ def load(
         `save` wrote. A number of training images may follow: "cifar10[:12000]" has the first
         12,000, and the whole test set. `~` is expanded.
       data_dir: the folder of the files; empty for "data"; `~` is expanded.
-      n_validation: the number of training images to hold out, balanced over the classes. For a data
-        set with a validation split it is the size of this split, or 0 to leave the split out.
+      n_validation: the number of training images to hold out, balanced over the classes if each
+        image has one. For a data set with a validation split it is the size of this split, or 0 to
+        leave the split out.
 
     Raises:
       ValueError: for each of these:
@@ -181,18 +195,17 @@ def load(
     if base == "folder" or base.startswith("tfds:"):
         raise ValueError(f"dataset={name!r} is streamed and cannot be read whole")
     source = _find_source(name)
-    train, test, *rest = source.read(expand_user(data_dir))
-    validation = rest[0] if rest else None
-    parts = {"training": train, "test": test}
-    if validation is not None:
-        parts["validation"] = validation
+    # Not every data set has the third one.
+    parts = dict(zip(("training", "test", "validation"), source.read(expand_user(data_dir))))
     place = f"{name} in data_dir={data_dir!r}"
     _check_parts(parts, len(source.classes), source.loss, place)
     if isinstance(source, Npz):
         # A file that `save` did not write may hold integers of any type.
-        train = Split(train.images, train.labels.astype(np.int32))
-        test = Split(test.images, test.labels.astype(np.int32))
-    train = _slice(train, name)
+        for part, (images, labels) in parts.items():
+            parts[part] = Split(images, labels.astype(np.int32))
+    train = _slice(parts["training"], name)
+    test = parts["test"]
+    validation = parts.get("validation")
     if not n_validation:
         return Dataset(train, None, test, source.classes)
     if validation is None:

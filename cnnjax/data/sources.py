@@ -299,10 +299,13 @@ class Npz:
 
     @functools.cached_property
     def _members(self) -> dict[str, np.ndarray]:
-        names = ("train_images", "train_labels", "test_images", "test_labels", "classes")
+        names = ["train_images", "train_labels", "test_images", "test_labels", "classes"]
         subject = f"dataset={str(self.path)!r}"
         try:
             with self.path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
+                # Only files of data sets with validation images have these.
+                if "validation_images" in file:
+                    names += ["validation_images", "validation_labels"]
                 return {name: file[name] for name in names}
         except MemoryError:
             raise
@@ -324,12 +327,15 @@ class Npz:
         # Numbers become text here, once for all that shows or compares classes.
         return class_names(names.tolist())
 
-    def read(self, data_dir: pathlib.Path) -> tuple[Split, Split]:
+    def read(self, data_dir: pathlib.Path) -> tuple[Split, ...]:
         members = self._members
-        return (
+        parts = [
             Split(members["train_images"], members["train_labels"]),
             Split(members["test_images"], members["test_labels"]),
-        )
+        ]
+        if "validation_images" in members:
+            parts.append(Split(members["validation_images"], members["validation_labels"]))
+        return tuple(parts)
 
 
 def check_classes(names: np.ndarray, subject: str) -> None:

@@ -119,7 +119,8 @@ def hold_out(labels: np.ndarray, count: int) -> np.ndarray:
     same, so that runs can be compared.
 
     Args:
-      labels: integers [n].
+      labels: integers [n]. With several classes per image, [n, ...]: all images then count as one
+        class.
       count: the number of images to hold out.
 
     Returns:
@@ -128,16 +129,19 @@ def hold_out(labels: np.ndarray, count: int) -> np.ndarray:
     Raises:
       ValueError: if `count` images cannot be held out while every class keeps one to train on.
     """
+    if labels.ndim > 1:
+        labels = np.zeros(len(labels), np.int32)
     classes, sizes = np.unique(labels, return_counts=True)
     if len(labels) == len(classes):
         raise ValueError(
-            f"n_validation={count}: no training image can be held out, since each of the "
-            f"{len(classes)} classes has only one"
+            f"n_validation={count}: no training image can be held out, since no class has more "
+            "than one"
         )
     if not 0 < count <= len(labels) - len(classes):
+        kept = f"one of each of the {len(classes)} classes" if len(classes) > 1 else "one"
         raise ValueError(
             f"n_validation={count} is not between 1 and {len(labels) - len(classes)}: of the "
-            f"{len(labels)} training images, one of each of the {len(classes)} classes is kept"
+            f"{len(labels)} training images, {kept} is kept"
         )
     generator = np.random.default_rng(0)
     order = generator.permutation(len(classes)).tolist()

@@ -78,7 +78,7 @@ def adopt_changes(config: ml_collections.ConfigDict, folder: pathlib.Path) -> No
     - A finished run continues for more epochs if its learning rates so far are those of the longer
       run and it can continue from its last checkpoint with the images that are there now;
       extended.json then records the earlier results.
-    - A run continues with another `data_dir` if it holds the same images.
+    - A run continues with another `data_dir` if it holds the same training and validation images.
     - A run continues with `skip_damaged`, since a damaged image would have ended it before.
     - A run continues with other `workers`, which change no result.
 
@@ -113,7 +113,8 @@ def _take_data_dir(folder: pathlib.Path, recorded: dict, config: ml_collections.
     """Records the present `data_dir` if the run's images have moved there; returns the record.
 
     Nothing is written if the configurations differ otherwise, or if neither results nor a
-    checkpoint can tell which images they were, as in runs of earlier versions.
+    checkpoint can tell which images they were, as in runs of earlier versions. Test images are not
+    compared, since no step depends on them.
 
     Raises:
       ValueError: if these are other images.
@@ -127,7 +128,11 @@ def _take_data_dir(folder: pathlib.Path, recorded: dict, config: ml_collections.
     build_run(config).check_data(images)
     moved = recorded | {"data_dir": config.data_dir}
     files.write_json(folder / "config.json", moved)
-    _LOG.info("%s continues with data_dir=%r, which holds the same images", folder, config.data_dir)
+    _LOG.info(
+        "%s continues with data_dir=%r, which holds the same training and validation images",
+        folder,
+        config.data_dir,
+    )
     return moved
 
 

@@ -41,6 +41,7 @@ class TrainingData(Protocol):
       n_validation: the number of validation images.
       digest: a hash of the training and validation images: of their content or, if streamed, of
         their names.
+      test_digest: the same of the test images.
       moments: the mean and standard deviation that pixels of 0 to 1 are normalized by.
       damaged: the number of damaged images that this process passed over in this epoch; None if
         they end the run instead.
@@ -51,6 +52,7 @@ class TrainingData(Protocol):
     n_train: int
     n_validation: int
     digest: str
+    test_digest: str
     moments: Moments
     damaged: int | None
 
@@ -225,6 +227,7 @@ class Resident:
         self.n_train = len(train.images)
         self.n_validation = 0 if validation is None else len(validation.labels)
         self.digest = digest_arrays(train, validation)
+        self.test_digest = digest_arrays(self._dataset.test)
         self.moments = moments_of(config, *arrays.normalization(train.images))
         # A device may report only later that it has no room.
         self._placed = jax.block_until_ready(parallel.replicate(tuple(train)))
@@ -279,6 +282,7 @@ class Streamed:
         self.n_validation = len(self._sources.get("validation", ()))
         uses = [use for use in ("train", "validation") if use in self._sources]
         self.digest = files.digest({use: self._sources[use].digest() for use in uses})
+        self.test_digest = self._sources["test"].digest()
         self.moments = moments_of(config, *imagenet.MOMENTS)
         self._batches: Iterator | None = None
         self._call_length = _CallLength(parallel)

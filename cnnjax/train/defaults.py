@@ -43,8 +43,8 @@ def get_config() -> ml_collections.ConfigDict:
     # The folder of the data set's files; small data sets are downloaded where they are absent.
     config.data_dir = ""
     # Training images to hold out for validation. 0 holds out none: "folder" and "tfds:NAME" then
-    # use their own validation split if they have one. With "camvid" and "camvid_scenes", 101 uses
-    # their validation split of this size, and 0 leaves it out.
+    # use their own validation split if they have one. With "camvid", "camvid_scenes", or a FILE.npz
+    # that has validation images, their number (CamVid: 101) uses them, and 0 leaves them out.
     config.n_validation = 0
     # Height and width of streamed images (folder, tfds:NAME), in pixels.
     config.image_size = 224

@@ -240,6 +240,7 @@ def write_results(
         "n_train": training.data.n_train,
         "n_validation": training.data.n_validation,
         "n_test": len(tested.labels),
+        "test_digest": training.data.test_digest,
         "training_seconds": round(history.seconds, 1),
         "seconds": round(seconds, 1),
     }
