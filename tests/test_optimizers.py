@@ -10,6 +10,7 @@ import pathlib
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from cnnjax.train.optimizers import OPTIMIZERS, optimizer
@@ -63,6 +64,24 @@ def test_weight_decay_can_spare_biases(name):
         )
 
 
+def test_muon_trains_biases_by_nadamw():
+    params = {"kernel": jnp.ones((2, 3)), "bias": jnp.array([0.5, -1.0, 2.0])}
+    first = jax.tree.map(lambda p: p - 1.5, params)
+    grads = [first, jax.tree.map(jnp.cos, params)]
+
+    def two_steps(transform, params, grads):
+        state = transform.init(params)
+        for grad in grads:
+            updates, state = transform.update(grad, state, params)
+            params = optax.apply_updates(params, updates)
+        return params
+
+    muon = two_steps(optimizer("muon", 0.1, 0.8, 0.05), params, grads)
+    nadamw = optax.nadamw(0.1, b1=0.9, b2=0.999, weight_decay=0.05)
+    expected = two_steps(nadamw, params["bias"], [grad["bias"] for grad in grads])
+    np.testing.assert_allclose(muon["bias"], expected, rtol=1e-6)
+
+
 @pytest.mark.slow
 def test_muon_makes_a_convolutions_update_orthogonal():
     """Newton-Schulz steps bring singular values near one.
@@ -100,6 +119,10 @@ def test_schedules():
     assert rates.dtype == np.float32
     rates = learning_rates({"name": "cosine", "learning_rate": 1.0}, 10, 10)
     np.testing.assert_allclose(rates, 0.5 * (1 + np.cos(np.pi * np.arange(100) / 100)), atol=1e-6)
+    # After a warmup, the cosine takes the rest.
+    rates = learning_rates({"name": "cosine", "learning_rate": 1.0, "warmup_epochs": 2}, 10, 10)
+    cosine = 0.5 * (1 + np.cos(np.pi * np.arange(80) / 80))
+    np.testing.assert_allclose(rates, [*np.arange(20) / 20, *cosine], atol=1e-6)
     # The last cycle is cut short.
     rates = learning_rates(
         {"name": "restarts", "learning_rate": 1.0, "every": 3, "warmup_epochs": 1}, 10, 8

@@ -1473,3 +1473,31 @@ def test_a_row_shows_readouts_of_its_studys_depth():
     assert record["readout"] == "sgd" and record["paper"] == (0.742, 0.149)
     with pytest.raises(ValueError, match="row 'VGG-16' has no results: .* of depth=2 on vgg16"):
         position_tables.compare(row, config, {"rows": [exact]})
+
+
+def test_exact_readouts_predict_in_full_precision():
+    """By default, accelerators take the product in TF32 or bfloat16."""
+    from cnnjax import ridge
+    from cnnjax.position.readout import _read_exact
+
+    scaler = ridge.Scaler(mean=jnp.zeros(4), scale=jnp.ones(4))
+    kernel = jnp.zeros((3, 3, 4, 2))
+    program = jax.make_jaxpr(_read_exact)(scaler, jnp.zeros((1, 9, 9, 4)), kernel, jnp.zeros(2))
+    products = [e for e in quick.equations(program.jaxpr) if e.primitive.name == "dot_general"]
+    assert products
+    assert {e.params["precision"] for e in products} == {(lax.Precision.HIGHEST,) * 2}
+
+
+def test_sgd_readouts_of_too_few_values_for_batch_norm_are_refused():
+    """One image is enough if the kernels leave several positions."""
+    image = np.ones((1, 3, 3, 4), np.float32)
+    goal = target("H", 9)[None]
+    for train, settings in (
+        (image, {"size": 3}),
+        (image, {"size": 2, "hidden": (5,)}),
+        (image[:0], {"size": 1}),
+    ):
+        message = f"^train has features of {len(train)} image.* expected train of at least 2 images"
+        with pytest.raises(ValueError, match=message):
+            fit_sgd(train, goal, **settings)
+    assert np.isfinite(fit_sgd(image, goal, size=2, steps=1)(image)).all()

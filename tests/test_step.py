@@ -1,4 +1,4 @@
-"""What reaches a training step: rates, configuration keys, random numbers, averages, types."""
+"""What reaches a training step: rates, keys, random numbers, averages, clipping, types."""
 
 import dataclasses
 import types
@@ -88,6 +88,7 @@ def test_every_key_of_the_step_reaches_it():
         augment={"flip": True, "crop": 2, "fill": "reflect", "cutout": 3, "colour": 0.1},
         mixup=0.3,
         ema_decay=0.75,
+        clip_norm=2.5,
         accumulate=4,
         freeze=("stem",),
         rates=(("layer1", 0.5), ("logits", 2)),
@@ -108,6 +109,7 @@ def test_every_key_of_the_step_reaches_it():
         accumulate=4,
         freeze=("stem",),
         rates=("layer1", "logits"),
+        clip=True,
     )
     numbers = step.Numbers(
         seed=7,
@@ -117,6 +119,7 @@ def test_every_key_of_the_step_reaches_it():
         mixup=0.3,
         ema_decay=0.75,
         rates=(0.5, 2.0),
+        clip_norm=2.5,
     )
     assert build_recipe(config, model) == recipe
     assert build_numbers(config) == numbers
@@ -231,6 +234,27 @@ def test_scored_variables_are_all_averages_or_none():
         assert numbered.variables_to_score() == scored
 
 
+@pytest.mark.parametrize("ema_decay", [0.999, 0.2])
+def test_averages_leave_their_random_start_within_a_few_steps(ema_decay):
+    """The decay rises to `ema_decay`, which 0.2 reaches in the third step."""
+    recipe = step.Recipe(Tiny(num_classes=5), ema=True)
+    numbers = step.Numbers(seed=1, ema_decay=ema_decay)
+    values = lambda state: jax.device_get((state.params, state.batch_stats))
+    state = step.init(recipe, (8, 8, 3), numbers)
+    start = values(state)
+    averages = start
+    for number in range(5):
+        state = take_step(recipe, state, some_batch(), numbers)
+        decay = min(ema_decay, (1 + number) / (10 + number))
+        move = lambda average, new, decay=decay: decay * average + (1 - decay) * new
+        averages = jax.tree.map(move, averages, values(state))
+    ema = jax.device_get((state.ema, state.ema_batch_stats))
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+    jax.tree.map(close, ema, averages)
+    distance = lambda other: optax.tree.norm(jax.tree.map(np.subtract, ema, other))
+    assert distance(values(state)) < 0.5 * distance(start)
+
+
 def test_a_checkpoint_without_averages_of_statistics_goes_on_from_the_statistics(tmp_path):
     state = step.init(step.Recipe(Tiny(num_classes=5), ema=True), (8, 8, 3), NUMBERS)
     numbers = iter(range(1, 1000))
@@ -250,6 +274,36 @@ def test_a_checkpoint_without_averages_of_statistics_goes_on_from_the_statistics
         # A run without averages is still another one.
         with pytest.raises(ValueError, match="is of another model, optimizer or"):
             checkpoints.restore(dataclasses.replace(state, ema=None, ema_batch_stats=None))
+
+
+# ------------------------------------------------------------------ clipped gradients
+
+
+@pytest.mark.parametrize("way", ["jit", "shard_map"])
+def test_the_gradients_of_all_parts_and_devices_are_clipped_before_weight_decay(way):
+    """The network has no BatchNorm, so its gradients do not depend on the parts and devices."""
+    plain = step.Recipe(Linear(num_classes=5), accumulate=2)
+    clipped = dataclasses.replace(plain, clip=True)
+    parallel = Parallel(way)
+    constants = parallel.replicate(CONSTANTS)
+    batch = some_batch()
+    data = parallel.share((batch.images, batch.labels))
+
+    def params_after(recipe, **settings):
+        numbers = step.Numbers(seed=0, momentum=0.0, **settings)
+        state = parallel.replicate(step.init(recipe, (8, 8, 3), numbers))
+        run = step.streamed_step(parallel, recipe)
+        return parallel.fetch(run(state, constants, data, numbers, np.int32(4))).params
+
+    before = jax.device_get(step.init(plain, (8, 8, 3), step.Numbers(seed=0)).params)
+    after = params_after(plain)
+    grads = jax.tree.map(lambda p, q: (p - q) / 0.1, before, after)
+    norm = float(optax.tree.norm(grads))
+    expected = jax.tree.map(lambda p, g: p - 0.1 * (0.25 * g + 0.5 * p), before, grads)
+    scaled = params_after(clipped, clip_norm=0.25 * norm, weight_decay=0.5)
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+    jax.tree.map(close, scaled, expected)
+    jax.tree.map(close, params_after(clipped, clip_norm=1.1 * norm), after)
 
 
 # ------------------------------------------------------------------ types

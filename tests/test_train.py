@@ -235,7 +235,8 @@ def test_a_step_is_plain_gradient_descent():
         jax.tree.map, lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
     )
     close(after.params, jax.tree.map(lambda p, g: p - 0.1 * g, before.params, grads))
-    average = functools.partial(jax.tree.map, lambda p, q: 0.75 * p + 0.25 * q)
+    # In the first step, the decay of the averages is at most 1 / 10.
+    average = functools.partial(jax.tree.map, lambda p, q: 0.1 * p + 0.9 * q)
     close(after.ema, average(before.params, after.params))
     close(after.batch_stats, stats)
     close(after.ema_batch_stats, average(before.batch_stats, stats))

@@ -72,7 +72,9 @@ class Exact(NamedTuple):
 
 @jax.jit
 def _read_exact(scaler, features, kernel, intercept):
-    return convolve(apply_scaler(scaler, features), kernel) + intercept
+    # As in `fit_exact`: TF32 and bfloat16 are too coarse for the weak strengths.
+    with jax.default_matmul_precision("highest"):
+        return convolve(apply_scaler(scaler, features), kernel) + intercept
 
 
 def fit_exact(

@@ -75,12 +75,19 @@ def fit_sgd(
         subtracted, which changes nothing, as BatchNorm follows.
       align_corners: whether the corners of the predictions lie on the targets'.
 
-    Raises `ValueError` if the kernels are larger than the map or the map is not square.
+    Raises `ValueError` if the kernels are larger than the map, the map is not square, or BatchNorm
+    gets fewer than two values.
     """
     check_kernel(train, size, layers=len(hidden) + 1)
     height, width = train.shape[1:3]
     if height != width:
         raise ValueError(f"train has features of {height}x{width}; expected square ones")
+    side = height - (len(hidden) + 1) * (size - 1)
+    if len(train) * side**2 < 2:
+        raise ValueError(
+            f"train has features of {len(train)} image(s), of which kernels of size={size} leave "
+            f"{side}x{side} positions, too few for BatchNorm; expected train of at least 2 images"
+        )
     train = jnp.asarray(train)
     scaler = fit_scaler(train)
     if not standardize:

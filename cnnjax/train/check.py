@@ -27,6 +27,7 @@ _LEAST = {
     "workers": 0,
     "mixup": 0,
     "weight_decay": 0,
+    "clip_norm": 0,
     "early_stopping": 0,
 }
 _SHARES = ("label_smoothing", "ema_decay", "momentum")

@@ -5,7 +5,7 @@ import itertools
 import ml_collections
 
 # Keys of later versions, with the behavior before them, for work directories that lack them.
-BEFORE = {"final_weights": "last", "early_stopping": 0}
+BEFORE = {"final_weights": "last", "early_stopping": 0, "clip_norm": 0.0}
 
 
 def get_config() -> ml_collections.ConfigDict:
@@ -91,6 +91,9 @@ def get_config() -> ml_collections.ConfigDict:
     config.weight_decay = 0.0
     # Whether biases and normalization decay, too.
     config.decay_all = True
+    # The largest global norm of the gradients, which are scaled down to it before weight decay is
+    # added; 0 for none.
+    config.clip_norm = 0.0
     # The keys of all schedules. "constant" refuses changed keys of the others, which ignore them.
     config.schedule = ml_collections.ConfigDict()
     # "constant", "step", "cosine", "restarts", or "plateau".
@@ -119,8 +122,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.schedule.cooldown = 0
     # "plateau": the smallest rate.
     config.schedule.min_lr = 0.0
-    # Decay of the moving averages of the parameters and of BatchNorm's statistics. Above 0, the
-    # averages are scored and saved instead.
+    # Decay of the moving averages of the parameters and of BatchNorm's statistics; in step t, from
+    # 0, it is at most (1 + t) / (10 + t). Above 0, the averages are scored and saved instead.
     config.ema_decay = 0.0
     # Micro-batches per step on each device (gradient accumulation).
     config.accumulate = 1

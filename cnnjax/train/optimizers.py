@@ -53,7 +53,7 @@ def _muon(rate, momentum, decay, mask):
         beta=momentum,
         weight_decay=decay,
         weight_decay_mask=mask,
-        # optax's mask does not reach the parameters that AdamW trains: biases and normalization.
+        # optax's mask does not reach biases and normalization, which its `nadamw` trains.
         adam_weight_decay=0.0 if mask else decay,
         muon_weight_dimension_numbers=_as_matrices,
     )
@@ -75,8 +75,9 @@ def optimizer(
 
     "sgd" and "nesterov" are PyTorch's: weight decay is added to the gradient, and the learning rate
     multiplies the momentum buffer. "adam" couples weight decay in the same way, "adamw" does not.
-    "muon" (Jordan et al. 2024) takes kernels as matrices [height * width * in, out]; AdamW with
-    betas of 0.9 and 0.999 trains everything else at the same learning rate.
+    "muon" (Jordan et al. 2024) takes kernels as matrices [height * width * in, out]. AdamW with
+    Nesterov momentum (optax's `nadamw`) trains everything else, with betas of 0.9 and 0.999 and the
+    same learning rate.
 
     Args:
       name: one of `OPTIMIZERS`.

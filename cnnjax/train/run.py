@@ -78,6 +78,7 @@ def build_recipe(config: ml_collections.ConfigDict, model: Network) -> step.Reci
         accumulate=config.accumulate,
         freeze=tuple(config.freeze),
         rates=tuple(part for part, _ in config.rates),
+        clip=config.clip_norm > 0,
     )
 
 
@@ -91,6 +92,7 @@ def build_numbers(config: ml_collections.ConfigDict) -> step.Numbers:
         mixup=config.mixup,
         ema_decay=config.ema_decay,
         rates=tuple(float(rate) for _, rate in config.rates),
+        clip_norm=config.clip_norm,
     )
 
 

@@ -57,6 +57,7 @@ class Recipe:
       accumulate: parts of a device's batch that are computed one after the other.
       freeze: parts of the model that are not trained, as in `cnnjax.transfer`.
       rates: parts whose learning rates `Numbers.rates` multiply.
+      clip: whether gradients are scaled down to `Numbers.clip_norm`.
     """
 
     model: Network
@@ -69,6 +70,7 @@ class Recipe:
     accumulate: int = 1
     freeze: tuple[str, ...] = ()
     rates: tuple[str, ...] = ()
+    clip: bool = False
 
     def frozen_paths(self) -> frozenset[transfer.Path]:
         """Returns the paths of the frozen parts' variables."""
@@ -85,9 +87,10 @@ class Numbers:
       weight_decay: likewise.
       label_smoothing: the share of the probability that is spread over all classes.
       mixup: both parameters of the Beta distribution (Zhang et al. 2018).
-      ema_decay: of the averages of parameters and statistics.
+      ema_decay: the largest decay of the averages of parameters and statistics.
       rates: factors of the learning rate of each of `Recipe.rates`; the last one that names a
         parameter counts.
+      clip_norm: the largest global norm of the gradients.
     """
 
     seed: Leaf
@@ -97,6 +100,7 @@ class Numbers:
     mixup: Leaf = 0.0
     ema_decay: Leaf = 0.0
     rates: tuple[Leaf, ...] = ()
+    clip_norm: Leaf = 0.0
 
 
 @flax.struct.dataclass
@@ -436,16 +440,23 @@ def _update(
 ) -> State:
     """Applies the optimizer, moves the averages and adds up the epoch's sums."""
     trained, frozen = _split_frozen(recipe, state.params)
+    grads = gradients.grads
+    if recipe.clip:
+        grads = _clip(grads, numbers.clip_norm)
     transform = _optimizer(recipe, numbers, batch.learning_rate)
-    updates, opt_state = transform.update(gradients.grads, state.opt_state, trained)
+    updates, opt_state = transform.update(grads, state.opt_state, trained)
     trained = optax.apply_updates(trained, _scale_parts(recipe, numbers, updates))
     params = transfer.merge(trained, frozen)
     ema = None
     ema_batch_stats = None
     if state.ema is not None and state.ema_batch_stats is not None:
-        ema = _move_average(recipe, numbers, state.ema, params, "params")
+        # The decay rises to its largest value. Otherwise, the averages of a short run would consist
+        # mostly of its random start.
+        steps = jnp.float32(state.step)
+        decay = jnp.minimum(numbers.ema_decay, (1 + steps) / (10 + steps))
+        ema = _move_average(recipe, decay, state.ema, params, "params")
         ema_batch_stats = _move_average(
-            recipe, numbers, state.ema_batch_stats, gradients.batch_stats, "batch_stats"
+            recipe, decay, state.ema_batch_stats, gradients.batch_stats, "batch_stats"
         )
     begins_epoch = state.step % batch.steps_per_epoch == 0
     sums = {"loss": gradients.loss, "errors": gradients.errors, "count": count}
@@ -465,14 +476,18 @@ def _update(
     )
 
 
-def _move_average(
-    recipe: Recipe, numbers: Numbers, average: dict, variables: dict, collection: str
-) -> dict:
+def _clip(grads: dict, largest) -> dict:
+    """Scales gradients down to the largest global norm, if theirs is larger."""
+    scale = largest / jnp.maximum(optax.tree.norm(grads), largest)
+    return jax.tree.map(lambda g: scale * g, grads)
+
+
+def _move_average(recipe: Recipe, decay, average: dict, variables: dict, collection: str) -> dict:
     """Moves an average of the variables of a collection by one step."""
     # Frozen variables are left out: their average could differ from them in its last bit.
     trained, frozen = _split_frozen(recipe, variables, collection)
     average, _ = _split_frozen(recipe, average, collection)
-    average = optax.incremental_update(trained, average, 1 - numbers.ema_decay)
+    average = optax.incremental_update(trained, average, 1 - decay)
     return transfer.merge(average, frozen)
 
 
