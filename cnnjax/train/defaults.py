@@ -91,7 +91,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.weight_decay = 0.0
     # Whether biases and normalization decay, too.
     config.decay_all = True
-    # The keys of all schedules. "constant" refuses changed keys of the others, which ignore them.
+    # The keys of all schedules. Those that the schedule does not read are refused on the command
+    # line and, under "constant", in the configuration file, too.
     config.schedule = ml_collections.ConfigDict()
     # "constant", "step", "cosine", "restarts", or "plateau".
     config.schedule.name = "constant"
