@@ -104,8 +104,9 @@ def read(
 
     Nothing in a file can run code. The names may hold the wrappers of DataParallel, torch.compile,
     AveragedModel and Lightning (`model.`, if all names begin so), be DenseNet's old names or timm's
-    names of VGG, and lie under `state_dict`, `model_state_dict` or `model` in a checkpoint. Counters,
-    such as BatchNorm's, are left out. A file with the name of a published one must have its hash.
+    names of VGG, and lie under `state_dict`, `model_state_dict` or `model` in a checkpoint.
+    Counters, such as BatchNorm's, are left out. A file with the name of a published one must have
+    its hash.
 
     Args:
       path: the file; `~` is expanded.

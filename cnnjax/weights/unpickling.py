@@ -1,8 +1,8 @@
 """A pickle's state dict, read without running the pickle.
 
 A pickle is a program: it may name any function and have it called. So Python's `pickle` is not
-used. `Interpreter` knows the few opcodes that occur in checkpoints and refuses all others. Of names,
-it knows those that tensors are made with; objects of all others become `Unread`, which keeps
+used. `Interpreter` knows the few opcodes that occur in checkpoints and refuses all others. Of the
+names, it knows those that tensors are made with; objects of any other become `Unread`, which keeps
 nothing. No name is looked up, and nothing in the file is called.
 """
 
