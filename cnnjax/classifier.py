@@ -189,23 +189,27 @@ def _batches(
     """Yields uint8 [at most size, height, width, channels]; `damaged` as in `logits`."""
     from cnnjax.data.photographs import Damaged
 
-    def read(file: pathlib.Path) -> np.ndarray | None:
+    def read(file: pathlib.Path) -> np.ndarray | Damaged:
         try:
             return classifier.read(file)
         except Damaged as error:
-            if damaged is None:
-                raise
-            _LOG.warning("passed over: %s", error)
-            damaged.add(file)
-            return None
+            return error
 
     # Pillow decodes and resizes outside Python's lock, so threads suffice.
     with concurrent.futures.ThreadPoolExecutor(backend.cores()) as pool:
         for start in range(0, len(files), size):
-            images = [*pool.map(read, files[start : start + size])]
-            intact = [image for image in images if image is not None]
-            if intact:
-                yield np.stack(intact)
+            batch = files[start : start + size]
+            images = []
+            for file, image in zip(batch, pool.map(read, batch)):
+                if not isinstance(image, Damaged):
+                    images.append(image)
+                elif damaged is None:
+                    raise image
+                else:
+                    _LOG.warning("passed over: %s", image)
+                    damaged.add(file)
+            if images:
+                yield np.stack(images)
 
 
 # ------------------------------------------------------------------ the command line
