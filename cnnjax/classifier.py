@@ -145,8 +145,8 @@ def logits(
       files: the photographs.
       parallel: how the network is run on the devices.
       batch_size: the most photographs per batch, over all devices, which share it evenly.
-      damaged: takes the files that cannot be decoded, which are logged and left out: those before
-        a row of logits, before it is yielded. None refuses such files.
+      damaged: a set to which files that cannot be decoded are added. They are logged and left out;
+        once a row is yielded, the set has all such files before its photograph. None refuses them.
 
     Raises `ValueError` before anything is computed if a file is not an image, and, after the
     batches before it, if an image cannot be decoded completely. With `damaged`, it is only raised
