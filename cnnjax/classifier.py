@@ -4,6 +4,7 @@ import argparse
 import concurrent.futures
 import dataclasses
 import functools
+import logging
 import pathlib
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
@@ -17,6 +18,8 @@ from cnnjax.weights import records
 if TYPE_CHECKING:
     from cnnjax.models import Network
     from cnnjax.train.parallel import Parallel
+
+_LOG = logging.getLogger("cnnjax")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,7 +130,11 @@ def trained(folder: pathlib.Path) -> Classifier:
 
 
 def logits(
-    classifier: Classifier, files: list[pathlib.Path], parallel: "Parallel", batch_size: int
+    classifier: Classifier,
+    files: list[pathlib.Path],
+    parallel: "Parallel",
+    batch_size: int,
+    damaged: set[pathlib.Path] | None = None,
 ) -> Iterator[np.ndarray]:
     """Yields the logits of photographs, [batch, classes], in order.
 
@@ -138,13 +145,17 @@ def logits(
       files: the photographs.
       parallel: how the network is run on the devices.
       batch_size: the most photographs per batch, over all devices, which share it evenly.
+      damaged: a set to which files that cannot be decoded are added. They are logged and left out;
+        once a row is yielded, the set has all such files before its photograph. None refuses them.
 
     Raises `ValueError` before anything is computed if a file is not an image, and, after the
-    batches before it, if an image cannot be decoded completely.
+    batches before it, if an image cannot be decoded completely. With `damaged`, it is only raised
+    after these batches, and only if a file cannot be read.
     """
     from cnnjax.train.evaluate import averaged, predict_batches
 
-    _check_headers(files)
+    if damaged is None:
+        _check_headers(files)
     # Batches are filled up to their size: a few photographs would be computed as a full batch.
     batch_size = min(batch_size, parallel.round_up(max(1, len(files))))
     model, variables = classifier.load()
@@ -153,7 +164,7 @@ def logits(
         model,
         parallel.replicate(variables),
         parallel.replicate(classifier.moments),
-        batches=_batches(classifier, files, batch_size),
+        batches=_batches(classifier, files, batch_size, damaged),
         batch_size=batch_size,
         output=averaged(classifier.views),
     )
@@ -169,12 +180,36 @@ def _check_headers(files: list[pathlib.Path]) -> None:
             pass
 
 
-def _batches(classifier: Classifier, files: list[pathlib.Path], size: int) -> Iterator[np.ndarray]:
-    """Yields uint8 [size, height, width, channels]; the last batch may be shorter."""
+def _batches(
+    classifier: Classifier,
+    files: list[pathlib.Path],
+    size: int,
+    damaged: set[pathlib.Path] | None,
+) -> Iterator[np.ndarray]:
+    """Yields uint8 [at most size, height, width, channels]; `damaged` as in `logits`."""
+    from cnnjax.data.photographs import Damaged
+
+    def read(file: pathlib.Path) -> np.ndarray | Damaged:
+        try:
+            return classifier.read(file)
+        except Damaged as error:
+            return error
+
     # Pillow decodes and resizes outside Python's lock, so threads suffice.
     with concurrent.futures.ThreadPoolExecutor(backend.cores()) as pool:
         for start in range(0, len(files), size):
-            yield np.stack([*pool.map(classifier.read, files[start : start + size])])
+            batch = files[start : start + size]
+            images = []
+            for file, image in zip(batch, pool.map(read, batch)):
+                if not isinstance(image, Damaged):
+                    images.append(image)
+                elif damaged is None:
+                    raise image
+                else:
+                    _LOG.warning("passed over: %s", image)
+                    damaged.add(file)
+            if images:
+                yield np.stack(images)
 
 
 # ------------------------------------------------------------------ the command line

@@ -12,7 +12,7 @@ import os
 import pathlib
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import ml_collections
 
@@ -49,14 +49,17 @@ def job_of(config: ml_collections.ConfigDict) -> types.ModuleType:
     )
 
 
-def run(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
+def run(
+    config: ml_collections.ConfigDict, folder: pathlib.Path, overrides: Collection[str] = ()
+) -> None:
     """Runs a configuration in a work directory.
 
-    For a finished run, it only writes the report again.
+    For a finished run, it only writes the report again. `overrides` are the keys that the command
+    line sets.
     """
     job = job_of(config)
     backend.reach_devices()
-    job.check(config, folder)
+    job.check(config, folder, overrides)
     backend.start()
 
     was_finished = True
@@ -251,7 +254,7 @@ def main(arguments: list[str] | None = None) -> int:
                     f"of kind={config.get('kind')!r}"
                 )
             backend.join(options.distributed)
-        run(config, options.workdir)
+        run(config, options.workdir, options.overrides)
 
     return run_command(parser, arguments, join_and_run)
 

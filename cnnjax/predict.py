@@ -9,6 +9,7 @@ prepared as the network was trained; a run with `test_views` averages as many vi
 """
 
 import argparse
+import logging
 import pathlib
 import sys
 from collections.abc import Iterator
@@ -18,21 +19,24 @@ import numpy as np
 from cnnjax import classifier
 from cnnjax.runtime import backend, command
 
+_LOG = logging.getLogger("cnnjax")
 _BATCH = 32
 _SHOWN = 5
 
 
 def probabilities(
-    network: classifier.Classifier, files: list[pathlib.Path]
+    network: classifier.Classifier,
+    files: list[pathlib.Path],
+    damaged: set[pathlib.Path] | None = None,
 ) -> Iterator[np.ndarray]:
     """Yields the probabilities [classes] of each photograph, in order.
 
-    Raises `ValueError` as `classifier.logits`.
+    Arguments and errors are those of `classifier.logits`.
     """
     from cnnjax.train.evaluate import class_probabilities
     from cnnjax.train.parallel import Parallel
 
-    for logits in classifier.logits(network, files, Parallel("jit"), _BATCH):
+    for logits in classifier.logits(network, files, Parallel("jit"), _BATCH, damaged):
         yield from class_probabilities(logits, network.multi_label)
 
 
@@ -46,25 +50,54 @@ def _list_images(paths: list[pathlib.Path]) -> list[pathlib.Path]:
     found = []
     for path in paths:
         if not path.exists():
-            raise ValueError(f"{str(path)!r} is neither an image file nor a folder of them")
-        found += list_photographs(path) if path.is_dir() else [path]
+            raise ValueError(f"PHOTO={str(path)!r} is neither an image file nor a folder of them")
+        found += list_photographs(path, "PHOTO") if path.is_dir() else [path]
     return found
+
+
+def _predict(
+    network: classifier.Classifier,
+    files: list[pathlib.Path],
+    damaged: set[pathlib.Path] | None,
+) -> Iterator[tuple[pathlib.Path, np.ndarray]]:
+    """Yields each photograph with its probabilities [classes]; arguments as `classifier.logits`.
+
+    Raises `ValueError` as `classifier.logits`; the error of a damaged file names the option.
+    """
+    from cnnjax.data.photographs import Damaged
+
+    intact = (file for file in files if not damaged or file not in damaged)
+    try:
+        # The row comes first: with it, the damaged files before it are known.
+        for row, file in zip(probabilities(network, files, damaged), intact):
+            yield file, row
+    except Damaged as error:
+        raise ValueError(f"{error}; --skip_damaged leaves it out") from error
 
 
 def _work(options: argparse.Namespace) -> None:
     backend.start()
     network = classifier.open_classifier(options)
     files = _list_images(options.photographs)
-    for file, row in zip(files, probabilities(network, files)):
+    damaged: set[pathlib.Path] | None = set() if options.skip_damaged else None
+    for file, row in _predict(network, files, damaged):
         print(file, flush=True)
         for number in np.argsort(-row, kind="stable")[:_SHOWN]:
             print(f"  {100 * row[number]:6.2f} %  {network.classes[number]}")
+    if damaged:
+        noun = "image" if len(damaged) == 1 else "images"
+        _LOG.warning("%d damaged %s passed over", len(damaged), noun)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command line and returns its exit code (`cnnjax.runtime.command.run`)."""
     parser = command.Parser(prog="python -m cnnjax.predict", description=__doc__)
     classifier.add_options(parser)
+    parser.add_argument(
+        "--skip_damaged",
+        action="store_true",
+        help="leave out images that cannot be decoded, and name them (default: stop at the first)",
+    )
     parser.add_argument(
         "photographs",
         nargs="+",

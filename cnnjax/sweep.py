@@ -25,6 +25,7 @@ import pathlib
 import sys
 import time
 from collections import Counter, defaultdict
+from collections.abc import Collection
 
 import ml_collections
 
@@ -145,14 +146,14 @@ def read_runs(path: str, config: ml_collections.ConfigDict, folder: pathlib.Path
     return runs
 
 
-def check(runs: list[Run]) -> None:
+def check(runs: list[Run], overrides: Collection[str] = ()) -> None:
     """Raises `ValueError` if a run cannot start, or its folder holds another or a damaged run.
 
     All runs are checked before any starts. If only some are of another configuration, the table
-    would otherwise mix both.
+    would otherwise mix both. `overrides` are the keys that the command line sets.
     """
     for run in runs:
-        single.job_of(run.config).check(run.config, run.folder)
+        single.job_of(run.config).check(run.config, run.folder, overrides)
         check_record(run)
         if run.is_done:
             workdir.check_seal(run.folder)
@@ -447,7 +448,7 @@ def sweep(options: argparse.Namespace, config: ml_collections.ConfigDict) -> Non
     runs = read_runs(options.config, config, options.workdir)
     _check_overrides(options, runs)
     backend.reach_devices()
-    check(runs)
+    check(runs, options.overrides)
     if options.launcher:
         launch(options, runs)
         return

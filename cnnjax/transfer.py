@@ -10,7 +10,7 @@ import fnmatch
 import functools
 import os
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import flax.linen as nn
 import jax
@@ -255,35 +255,73 @@ def load_initial_weights(
     # `fill` refuses it as a file of another network.
     considered = keys.keys() if parts else tensors.keys()
     loaded = {key: tensors[key] for key in tensors if key in considered and key not in not_loaded}
-    if loaded.keys() <= keys.keys():
-        _check_parts(path, model, tensors, wanted_shapes(shapes, not_loaded))
+    wanted = wanted_shapes(shapes, not_loaded)
+    foreign = loaded.keys() - keys.keys()
+    if foreign:
+        problem = _foreign_head(model, tensors, foreign)
+    else:
+        problem = _misfit(model, tensors, wanted)
+    if problem:
+        # If nothing fits, `fill` refuses the file.
+        fitting = _fitting_parts(model, tensors, wanted)
+        if fitting:
+            raise ValueError(
+                f"initial_weights={str(path)!r}: {problem}; name what is to be taken in "
+                f"initial_parts, such as {fitting}"
+            )
     selected_tensors = StateDict(loaded, tensors.names)
     return fill(model, selected_tensors, not_loaded, path=file, argument="initial_weights")
 
 
-def _check_parts(
-    path: str | os.PathLike,
-    model: Network,
-    tensors: StateDict,
-    wanted: Mapping[str, tuple[int, ...]],
-) -> None:
-    """Raises `ValueError` if a file lacks a wanted tensor or has it in another shape."""
+def _foreign_head(model: Network, tensors: StateDict, foreign: Collection[str]) -> str:
+    """Describes another head in a file; empty if what the model lacks is not only that.
+
+    Args:
+      model: the network.
+      tensors: those of the file.
+      foreign: the keys of the file that the model lacks.
+    """
     keys = weights.torchvision_keys(weights.variable_shapes(model))
+    heads = {key.split(".")[0] for key, path in keys.items() if path in weights.head(model)}
+    if not {key.split(".")[0] for key in foreign} <= heads:
+        return ""
+    return f"its head is another one, with {tensors.names[min(foreign)]}"
+
+
+def _misfit(model: Network, tensors: StateDict, wanted: Mapping[str, tuple[int, ...]]) -> str:
+    """Describes a wanted tensor that a file lacks or has in another shape; empty if all fit."""
+    keys = weights.torchvision_keys(weights.variable_shapes(model))
+    channels = model.input_shape[2]
     for key, shape in sorted(wanted.items()):
         if key not in tensors:
-            problem = "absent there"
-        elif fits(tensors[key].shape, shape):
+            return f"{key} is absent there"
+        file_shape = tensors[key].shape
+        if fits(file_shape, shape):
             continue
-        else:
-            file_shape = tensors[key].shape
-            problem = f"of another shape there, {file_shape} instead of {shape}"
-            # The first axis of a head's tensors has the length of the number of classes.
-            if keys[key] in weights.head(model) and file_shape and file_shape[0] != shape[0]:
-                problem = f"of {file_shape[0]} classes there"
-        raise ValueError(
-            f"initial_weights={str(path)!r}: {key} is {problem}; name what is to be taken in "
-            f"initial_parts, such as {next(iter(stage_paths(model)))!r}"
-        )
+        # The first axis of a head's tensors has the length of the number of classes.
+        if keys[key] in weights.head(model) and file_shape and file_shape[0] != shape[0]:
+            return f"{key} is of {file_shape[0]} classes there"
+        problem = f"{key} is of another shape there, {file_shape} instead of {shape}"
+        # The second axis of a kernel has the length of the number of its input's channels.
+        if len(file_shape) == 4 and shape == (file_shape[0], channels, *file_shape[2:]):
+            problem += f", since its images have {file_shape[1]} channels and not {channels}"
+        return problem
+    return ""
+
+
+def _fitting_parts(
+    model: Network, tensors: StateDict, wanted: Mapping[str, tuple[int, ...]]
+) -> tuple[str, ...]:
+    """Returns the wanted stages that fit; if there are none, the first parameter that fits."""
+    keys = weights.torchvision_keys(weights.variable_shapes(model))
+    fitting = {
+        key for key, shape in wanted.items() if key in tensors and fits(tensors[key].shape, shape)
+    }
+    paths = {keys[key] for key in fitting}
+    stages = [name for name, added in stage_paths(model).items() if added]
+    if whole := tuple(name for name in stages if select(model, name) <= paths):
+        return whole
+    return tuple(sorted(key for key in fitting if keys[key][0] == "params")[:1])
 
 
 # ------------------------------------------------------------------ frozen features

@@ -373,6 +373,11 @@ CASES = [
         "defaults, every=0; set schedule.name, or these keys",
     ),
     (
+        (*TRAIN, "--config.schedule.name=cosine", "--config.schedule.min_lr=1e-5"),
+        "schedule.min_lr=1e-05: schedule.name='cosine' reads none of these and accepts their "
+        "defaults, min_lr=0.0; set schedule.name, or these keys",
+    ),
+    (
         (*TRAIN, "--config.image_size=32"),
         "image_size=32 is for streamed images, of dataset='folder' or 'tfds:NAME'; "
         "dataset='digits' accepts 224, the default",

@@ -819,6 +819,56 @@ def test_predict_prints_what_it_has_before_a_damaged_photograph(tmp_path, monkey
     assert captured.out.splitlines()[::6] == files[:2]
 
 
+def test_predict_leaves_out_damaged_photographs(tmp_path, monkeypatch, capsys):
+    """Batches have two images: of the first, one is damaged, and of the second, both are."""
+    model, variables = finished_run(tmp_path / "run")
+    monkeypatch.setattr(predict, "_BATCH", 2)
+    paths = []
+    for number, name in enumerate("abcdefg"):
+        paths.append(tmp_path / f"{name}.png")
+        PIL.Image.new("L", (8, 8), 30 * number).save(paths[-1])
+    (tmp_path / "a.png").write_bytes(b"")
+    (tmp_path / "c.png").write_text("no image")
+    for name in ("d.png", "g.png"):
+        (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:45])
+    intact = [tmp_path / f"{name}.png" for name in "bef"]
+
+    arguments = [str(tmp_path / "run"), *map(str, paths)]
+    assert exit_code(predict.main, arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.err.endswith("; --skip_damaged leaves it out\n") and not captured.out
+    assert exit_code(predict.main, [*arguments, "--skip_damaged"]) == 0
+    captured = capsys.readouterr()
+    assert captured.out.splitlines()[::6] == [str(path) for path in intact]
+    for path in set(paths) - set(intact):
+        assert f"passed over: {path} is not a readable image" in captured.err
+    assert captured.err.endswith("4 damaged images passed over\n")
+
+    # With smaller weights, the probabilities differ between photographs.
+    variables = jax.tree.map(lambda leaf: leaf / 20, variables)
+    network = dataclasses.replace(
+        classifier.trained(tmp_path / "run"), load=lambda: (model, variables)
+    )
+    _, rows = zip(*predict._predict(network, paths, damaged=set()))
+    expected = np.concatenate([[*predict.probabilities(network, [path])] for path in intact])
+    assert np.ptp(expected, axis=0).min() > 1e-3
+    np.testing.assert_allclose(rows, expected, rtol=1e-3)
+
+
+def test_predict_says_that_it_follows_no_links_to_folders(tmp_path, capsys):
+    finished_run(tmp_path / "run")
+    for name in ("elsewhere", "val"):
+        (tmp_path / name).mkdir()
+    PIL.Image.new("L", (8, 8)).save(tmp_path / "elsewhere" / "a.png")
+    (tmp_path / "val" / "cat").symlink_to(tmp_path / "elsewhere")
+    assert exit_code(predict.main, [str(tmp_path / "run"), str(tmp_path / "val")]) == 2
+    message = (
+        f"error: PHOTO='{tmp_path / 'val'}' holds no image file; expected .jpg, .jpeg, .png, "
+        ".webp, .bmp (1 folder passed over: cat; links to folders are not followed)\n"
+    )
+    assert capsys.readouterr().err.endswith(message)
+
+
 def test_classes_of_a_photograph_that_has_several(tmp_path):
     model, variables = finished_run(tmp_path / "run", loss="sigmoid")
     PIL.Image.new("L", (8, 8), 200).save(tmp_path / "a.png")

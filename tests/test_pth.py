@@ -1,5 +1,6 @@
 """PyTorch's .pth files: values are read exactly, and hostile files are refused."""
 
+import argparse
 import collections
 import io
 import pathlib
@@ -172,16 +173,6 @@ def test_the_attacks_begin_from_files_that_are_read(tmp_path):
         assert pth.read(path)["t0"].tolist() == [[0, 1], [2, 3]]
 
 
-def test_a_checkpoint_may_hold_a_counter(tmp_path):
-    """The state of MultiStepLR counts its milestones in one; no number of it is read."""
-    scheduler = {"milestones": collections.Counter([30, 30, 60]), "gamma": 0.1}
-    pickled = b"\x80\x02}(" + plain("state_dict") + state(tensor())[2:-1]
-    pickled += plain("lr_scheduler") + plain(scheduler) + b"u."
-    path = tmp_path / "w.pth"
-    path.write_bytes(archive(pickled, {"0": NUMBERS}))
-    assert weights.read(path)["t0"].tolist() == [[0, 1], [2, 3]]
-
-
 def test_a_file_of_python_2_is_read(tmp_path):
     """PyTorch 0.1 to 0.3 wrote such files.
 
@@ -201,6 +192,61 @@ def test_a_file_of_python_2_is_read(tmp_path):
 
 def calls(function: str, argument) -> bytes:
     return b"\x80\x02" + name(function) + b"(" + plain(argument) + b"tR."
+
+
+def checkpoint(**others: bytes) -> bytes:
+    """Returns a pickle of a state dict under `model`, and of others' opcodes by name."""
+    items = {"model": state(tensor())[2:-1], **others}
+    pairs = b"".join(plain(key) + value for key, value in items.items())
+    return b"\x80\x02}(" + pairs + b"u."
+
+
+# What a checkpoint may hold beside its weights, as opcodes.
+OTHERS = {
+    # The state of MultiStepLR counts its milestones in one.
+    "a counter": plain({"milestones": collections.Counter([30, 30, 60]), "gamma": 0.1}),
+    # As torchvision's references/classification/train.py saves them.
+    "options": plain(argparse.Namespace(lr=0.1, device="cuda", resume=None, milestones=[-1, 60])),
+    "collections": plain(
+        [collections.deque([1, 2]), collections.defaultdict(int, a=1), {"a", "b"}, b"bytes"]
+    ),
+    "objects": plain([pathlib.PurePosixPath("a"), collections.UserList([1]), range(3)]),
+    "numbers of NumPy": plain([np.float64(0.75), np.arange(3), np.float32(1), np.bool_(True)]),
+    "a function": name("torch.optim.lr_scheduler.LambdaLR"),
+    "an attack": calls("os.system", "touch ran")[2:-1],
+}
+
+
+@pytest.mark.parametrize("kind", ["zip", "legacy"])
+@pytest.mark.parametrize("other", OTHERS)
+def test_what_a_checkpoint_holds_beside_the_weights_is_passed_over(
+    kind, other, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "w.pth"
+    pickled = checkpoint(before=OTHERS[other], epoch=plain(3), after=OTHERS[other])
+    if kind == "zip":
+        path.write_bytes(archive(pickled, {"0": NUMBERS}))
+    else:
+        path.write_bytes(legacy(pickled, ["0"], struct.pack("<q", 4) + NUMBERS))
+    assert weights.read(path)["t0"].tolist() == [[0, 1], [2, 3]]
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    "pickled, message",
+    [
+        (state(tensor(), OTHERS["an attack"]), "'t1' is 'os.system', and only tensors are read"),
+        (checkpoint(model=OTHERS["options"]), "it holds 'argparse.Namespace', and only tensors"),
+        (checkpoint(model=plain({"a": np.float64(1)})), r"'a' is 'numpy[\w.]*\.scalar', and only"),
+    ],
+    ids=["a call", "options", "a number"],
+)
+def test_objects_in_place_of_weights_are_named(pickled, message, tmp_path):
+    path = tmp_path / "w.pth"
+    path.write_bytes(archive(pickled, {"0": NUMBERS}))
+    with pytest.raises(ValueError, match=f"{message}.*; save model.state_dict.. alone"):
+        weights.read(path)
 
 
 # Opcodes of a value x = ((x, x), (x, x), ...): 2**200 leaves in 600 bytes.

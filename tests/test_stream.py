@@ -217,7 +217,8 @@ def test_what_a_folder_of_photographs_passes_over_is_told(tmp_path, caplog):
         assert photographs.list_photographs(photographs_folder) == paths
     assert paths == [photographs_folder / "a.jpg", photographs_folder / "more" / "c.png"]
     passed_over = (
-        "4 files passed over: 2 .heic, 1 hidden, 1 .tif; 1 folder passed over: more/linked"
+        "4 files passed over: 2 .heic, 1 hidden, 1 .tif; 1 folder passed over: more/linked; "
+        "links to folders are not followed"
     )
     assert told(caplog) == [f"{photographs_folder}: {passed_over}"]
     # The position study lists photographs for every seed but reports skipped files once.

@@ -213,7 +213,7 @@ def test_a_sweep_with_a_started_run_of_another_configuration_is_refused(
     assert message in capfd.readouterr().err.splitlines()[-1]
     # Another process may begin a run after the runs were checked.
     with monkeypatch.context() as patch:
-        patch.setattr(sweep, "check", lambda runs: None)
+        patch.setattr(sweep, "check", lambda runs, overrides: None)
         assert run_sweep(train, "--config.momentum=0.5") == 2
     assert message in capfd.readouterr().err.splitlines()[-1]
     assert ran == []

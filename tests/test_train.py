@@ -28,6 +28,7 @@ import quick
 import safetensors.numpy
 
 import cnnjax.main
+import cnnjax.sweep
 from cnnjax import classifier
 from cnnjax.data import arrays, augment
 from cnnjax.models import Network, create_model
@@ -871,6 +872,44 @@ def test_a_run_that_has_started_keeps_keys_without_effect(changes, tmp_path):
         loop.check(config, tmp_path)
     (tmp_path / "metrics.jsonl").touch()
     loop.check(config, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name, changes, unread",
+    [
+        ("cosine", {"min_lr": 1e-5}, "schedule.min_lr=1e-05"),
+        ("cosine", {"every": 10, "epochs": (1,)}, r"schedule.epochs=\(1,\), schedule.every=10"),
+        ("step", {"every": 5, "patience": 3}, "schedule.patience=3"),
+        ("restarts", {"every": 5, "factor": 0.5}, "schedule.factor=0.5"),
+        ("plateau", {"patience": 3, "every": 5}, "schedule.every=5"),
+        ("plateau", {"factor": 0.5, "mode": "max", "metric": "accuracy", "cooldown": 1}, ""),
+        ("cosine", {"min_lr": 0.0, "warmup_epochs": 1.0}, ""),
+    ],
+)
+def test_keys_of_other_schedules_are_refused_on_the_command_line(name, changes, unread):
+    """A configuration file may have them: the command line may change its schedule."""
+    config = defaults.get_config()
+    config.n_validation = 100
+    config.schedule.update(name=name, **changes)
+    loop.check(config)
+    overrides = {"schedule.name", *(f"schedule.{key}" for key in changes)}
+    if not unread:
+        loop.check(config, overrides=overrides)
+        return
+    message = f"^{unread}: schedule.name='{name}' reads none of these and accepts their defaults, "
+    with pytest.raises(ValueError, match=message):
+        loop.check(config, overrides=overrides)
+
+
+@pytest.mark.parametrize("command", [cnnjax.main, cnnjax.sweep])
+def test_a_command_says_which_keys_it_sets(command, tmp_path, capsys):
+    """The configuration file has keys of the schedule "step"."""
+    arguments = ["--config=configs/lenet_mnist.py", f"--workdir={tmp_path / 'run'}"]
+    arguments += ["--config.schedule.name=cosine", "--config.schedule.factor=0.5"]
+    assert command.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: schedule.factor=0.5: schedule.name='cosine' reads none of")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("name", schedules.NAMES)

@@ -409,6 +409,41 @@ def test_what_is_not_loaded_may_have_another_shape(name, shapes, parts, others, 
         transfer.load_initial_weights(tmp_path / "w.safetensors", model, (*parts, others))
 
 
+def test_a_refusal_names_the_parts_that_fit(tmp_path):
+    """The file is of color images; its head may be another one."""
+    file = tmp_path / "w.safetensors"
+    shapes = weights.variable_shapes(MODEL)
+    weights.save_torchvision(jax.tree.map(lambda leaf: np.ones(leaf.shape), shapes), file)
+    gray = Tiny(num_classes=5, input_shape=(8, 8, 1))
+    message = (
+        r"conv1.weight is of another shape there, \(8, 3, 3, 3\) instead of \(8, 1, 3, 3\), since "
+        r"its images have 3 channels and not 1; name what is to be taken in initial_parts, such as "
+        r"\('conv2',\)$"
+    )
+    with pytest.raises(ValueError, match=message):
+        transfer.load_initial_weights(file, gray)
+    loaded = transfer.load_initial_weights(file, gray, ("conv2",))
+    assert set(flatten_dict(loaded)) == transfer.select(gray, "conv2")
+
+    tensors = safetensors.numpy.load_file(file)
+    for name in ("weight", "bias"):
+        tensors[f"fc.1.{name}"] = tensors.pop(f"fc.{name}")
+    safetensors.numpy.save_file(tensors, file)
+    message = (
+        "w.safetensors': its head is another one, with fc.1.bias; name what is to be taken in "
+        r"initial_parts, such as \('conv1', 'conv2'\)$"
+    )
+    with pytest.raises(ValueError, match=message):
+        transfer.load_initial_weights(file, MODEL)
+    loaded = transfer.load_initial_weights(file, MODEL, ("conv1", "conv2"))
+    assert set(flatten_dict(loaded)) == transfer.select(MODEL, ("conv1", "conv2"))
+
+    scalars = {name: np.ones(()) for name in tensors if "fc" not in name}
+    safetensors.numpy.save_file(scalars, file)
+    with pytest.raises(ValueError, match="does not fit the model"):
+        transfer.load_initial_weights(file, MODEL)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("padding, state", [("none", None), ("zeros", "of another shape")])
 def test_a_file_saved_without_padding_gives_what_fits(padding, state, tmp_path):
@@ -442,7 +477,7 @@ def test_imagenets_weights_without_their_classifier_are_taken(data_dir):
     model = create_model("resnet18", num_classes=10)
     message = (
         r"layer4\.0\.bn1\.bias is absent there; name what is to be taken in initial_parts, such as "
-        "'stem'"
+        r"\('stem', 'layer1', 'layer2', 'layer3'\)$"
     )
     with pytest.raises(ValueError, match=message):
         transfer.load_initial_weights(file, model)

@@ -1129,6 +1129,8 @@ ODD = {
     # A name that is not UTF-8, and one that matplotlib would read as a formula.
     os.fsdecode(b"caf\xe9.png"): lambda path: PIL.Image.new("RGB", (9, 7)).save(path),
     "a$b_$c.png": lambda path: PIL.Image.new("RGB", (9, 7)).save(path),
+    # "Cat" in Chinese and as an emoji, which matplotlib's font lacks.
+    "\u732b\U0001f408 1.png": lambda path: PIL.Image.new("RGB", (9, 7)).save(path),
 }
 REFUSED = {
     "bits.png": "bits.png is not a readable image: pixels of more than 8 bits",
@@ -1139,6 +1141,13 @@ REFUSED = {
 }
 
 
+def test_a_title_keeps_its_lines_and_what_the_font_has():
+    figure, ((axis,),) = figures.grid(1, 1)
+    figures.set_title(axis, "\u732b caf\xe9 $1\ncat: 0.52", fontsize=7)
+    assert axis.get_title() == "? caf\xe9 $1\ncat: 0.52"
+
+
+@pytest.mark.filterwarnings("error:Glyph")
 @pytest.mark.parametrize("name", ODD)
 def test_odd_images(name, tmp_path, capsys):
     """An odd image gives a picture, or one clear line and no folder."""

@@ -277,7 +277,10 @@ def test_names_of_parallel_training_and_of_old_densenets(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, loaded, variables)
 
 
-@pytest.mark.parametrize("prefix", ["_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+@pytest.mark.parametrize(
+    "prefix",
+    ["_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "model.", "model._orig_mod."],
+)
 def test_wrappers_in_any_order_are_understood(prefix, tmp_path):
     model = create_model("lenet5", num_classes=3)
     variables = numbered(model)
@@ -310,6 +313,13 @@ def test_wrappers_of_a_part_and_of_an_average_are_understood(wrap, tmp_path):
     safetensors.numpy.save_file({wrap(names[0]): np.zeros(1), names[0]: np.zeros(1)}, path)
     with pytest.raises(ValueError, match="are both 'features.0.weight'"):
         weights.read(path)
+
+
+def test_a_prefix_of_some_names_is_no_wrapper(tmp_path):
+    """Lightning's is that of all names, except where other modules have parameters, too."""
+    tensors = {"model.fc.bias": np.zeros(1), "loss.weight": np.ones(1)}
+    safetensors.numpy.save_file(tensors, tmp_path / "w.safetensors")
+    assert weights.read(tmp_path / "w.safetensors") == tensors
 
 
 class OtherLeaves(Network):
@@ -406,7 +416,17 @@ class Headed(Network):
         yield "logits", Dense(self.num_classes, name="head.fc")(x)
 
 
-@pytest.mark.parametrize("network", [Wrapped, Headed])
+class Modeled(Network):
+    """A linear layer with the name of the network in Lightning's checkpoints."""
+
+    input_shape: tuple[int, int, int] = (4, 4, 3)
+
+    @nn.nowrap
+    def walk(self, x, train):
+        yield "logits", Dense(self.num_classes, name="model")(x.mean((1, 2)))
+
+
+@pytest.mark.parametrize("network", [Wrapped, Headed, Modeled])
 def test_names_that_the_model_knows_stay_as_they_are(network, tmp_path):
     model = network(num_classes=2)
     variables = numbered(model)

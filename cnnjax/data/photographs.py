@@ -138,11 +138,14 @@ def _list_below(folder: pathlib.Path) -> Listing:
     return listing
 
 
-def find_photographs(folder: str | os.PathLike = "") -> tuple[list[pathlib.Path], str]:
+def find_photographs(
+    folder: str | os.PathLike = "", argument: str = "photographs"
+) -> tuple[list[pathlib.Path], str]:
     """Lists the image files of a folder and its subfolders.
 
     Args:
       folder: the folder; empty for the photographs included in scikit-image and scikit-learn.
+      argument: what errors call `folder`.
 
     Returns:
       The paths in order, without what is in hidden folders; and a description of the files and
@@ -155,21 +158,25 @@ def find_photographs(folder: str | os.PathLike = "") -> tuple[list[pathlib.Path]
         return _embedded(), ""
     folder = pathlib.Path(folder)
     if not folder.is_dir():
-        raise ValueError(f"photographs={str(folder)!r} is not a folder")
+        raise ValueError(f"{argument}={str(folder)!r} is not a folder")
     listing = _list_below(folder)
     passed_over = describe_passed_over(folder, listing.others, listing.folders)
+    if listing.folders:
+        passed_over += "; links to folders are not followed"
     if not listing.images:
         reason = f" ({passed_over})" if passed_over else ""
         raise ValueError(
-            f"photographs={str(folder)!r} holds no image file; expected {', '.join(SUFFIXES)}"
+            f"{argument}={str(folder)!r} holds no image file; expected {', '.join(SUFFIXES)}"
             f"{reason}"
         )
     return sorted(listing.images), passed_over
 
 
-def list_photographs(folder: str | os.PathLike = "") -> list[pathlib.Path]:
+def list_photographs(
+    folder: str | os.PathLike = "", argument: str = "photographs"
+) -> list[pathlib.Path]:
     """Lists photographs like `find_photographs`, and logs what is passed over."""
-    paths, passed_over = find_photographs(folder)
+    paths, passed_over = find_photographs(folder, argument)
     if passed_over:
         log_once(logging.INFO, f"{folder}: {passed_over}")
     return paths

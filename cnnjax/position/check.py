@@ -1,6 +1,7 @@
 """Checks of a position study's configuration, before anything is computed."""
 
 import pathlib
+from collections.abc import Collection
 
 import ml_collections
 
@@ -22,12 +23,17 @@ RINGS = 7  # from the border to the center, for scores by distance to the border
 _NAMES = ("encoders", "missing", "paddings", "stages", "targets", "data", "sgd_paddings")
 
 
-def check(config: ml_collections.ConfigDict, folder: pathlib.Path | None = None) -> None:
+def check(
+    config: ml_collections.ConfigDict,
+    folder: pathlib.Path | None = None,
+    overrides: Collection[str] = (),
+) -> None:
     """Checks a configuration before anything is computed; may download ImageNet's weights.
 
     Args:
       config: the configuration.
       folder: the work directory, which `cnnjax.main` gives to every job; not used here.
+      overrides: the keys that the command line sets; not used here, either.
 
     Raises:
       ValueError: with the key, its value and what is accepted.

@@ -1,6 +1,7 @@
 """Checks of a training configuration that need no computation."""
 
 import pathlib
+from collections.abc import Collection
 
 import ml_collections
 
@@ -44,12 +45,17 @@ _CHOICES = {
 _DECIDED_FIELDS = ("num_classes", "dtype", "axis_name", "input_shape")
 
 
-def check(config: ml_collections.ConfigDict, folder: pathlib.Path | None = None) -> None:
+def check(
+    config: ml_collections.ConfigDict,
+    folder: pathlib.Path | None = None,
+    overrides: Collection[str] = (),
+) -> None:
     """Checks a configuration before anything is computed.
 
     Args:
       config: the configuration.
       folder: the work directory, which may not exist yet; None for a run without one.
+      overrides: the keys that the command line sets, such as "schedule.name".
 
     Raises:
       ValueError: with the key, its value and what is accepted.
@@ -65,7 +71,7 @@ def check(config: ml_collections.ConfigDict, folder: pathlib.Path | None = None)
     if is_streamed(config):
         crops.check_resize(config.resize, config.image_size)
     _check_views(config)
-    _check_unread(config, folder)
+    _check_unread(config, folder, overrides)
 
 
 def _check_values(config: ml_collections.ConfigDict) -> None:
@@ -195,11 +201,13 @@ def _check_views(config: ml_collections.ConfigDict) -> None:
         )
 
 
-def _check_unread(config: ml_collections.ConfigDict, folder: pathlib.Path | None) -> None:
+def _check_unread(
+    config: ml_collections.ConfigDict, folder: pathlib.Path | None, overrides: Collection[str]
+) -> None:
     """Refuses changed keys without effect.
 
-    They are image sizes for data in memory and, under the schedule "constant", keys of the other
-    schedules. A run that has started may keep them.
+    They are image sizes for data in memory, and keys that the schedule does not read. A run that
+    has started may keep them.
     """
     if folder is not None and workdir.has_started(folder):
         return
@@ -211,18 +219,21 @@ def _check_unread(config: ml_collections.ConfigDict, folder: pathlib.Path | None
                     f"{key}={config[key]} is for streamed images, of dataset='folder' or "
                     f"'tfds:NAME'; dataset={config.dataset!r} accepts {default[key]}, the default"
                 )
-    if config.schedule.name == "constant":
-        is_read = {"name", "learning_rate", "warmup_epochs"}
-        settings = configuration.to_tuples(schedules.settings(config.schedule))
-        unread = [
-            key
-            for key, value in settings.items()
-            if key not in is_read and value != default.schedule[key]
-        ]
-        if unread:
-            given = ", ".join(f"schedule.{key}={settings[key]!r}" for key in unread)
-            accepted = ", ".join(f"{key}={default.schedule[key]!r}" for key in unread)
-            raise ValueError(
-                f"{given}: schedule.name='constant' reads none of these and accepts their "
-                f"defaults, {accepted}; set schedule.name, or these keys"
-            )
+    name = config.schedule.name
+    is_read = {"name", "learning_rate", "warmup_epochs", *schedules.KEYS[name]}
+    settings = schedules.settings(config.schedule)
+    unread = []
+    for key, value in settings.items():
+        # The command line may choose another schedule than the configuration file, whose keys then
+        # stay. Under "constant", the default, they rather show that the name is missing.
+        is_meant = name == "constant" or f"schedule.{key}" in overrides
+        is_changed = configuration.to_tuples(value) != default.schedule[key]
+        if key not in is_read and is_meant and is_changed:
+            unread.append(key)
+    if unread:
+        given = ", ".join(f"schedule.{key}={settings[key]!r}" for key in unread)
+        accepted = ", ".join(f"{key}={default.schedule[key]!r}" for key in unread)
+        raise ValueError(
+            f"{given}: schedule.name={name!r} reads none of these and accepts their "
+            f"defaults, {accepted}; set schedule.name, or these keys"
+        )

@@ -94,7 +94,8 @@ def get_config() -> ml_collections.ConfigDict:
     # The largest global norm of the gradients, which are scaled down to it before weight decay is
     # added; 0 for none.
     config.clip_norm = 0.0
-    # The keys of all schedules. "constant" refuses changed keys of the others, which ignore them.
+    # The keys of all schedules. Those that the schedule does not read are refused on the command
+    # line and, under "constant", in the configuration file, too.
     config.schedule = ml_collections.ConfigDict()
     # "constant", "step", "cosine", "restarts", or "plateau".
     config.schedule.name = "constant"

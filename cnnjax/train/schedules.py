@@ -14,7 +14,24 @@ import optax
 from cnnjax.runtime import configuration
 from cnnjax.train import defaults
 
-NAMES = ("constant", "step", "cosine", "restarts", "plateau")
+# The keys that each schedule reads, besides `name`, `learning_rate` and `warmup_epochs`.
+KEYS: dict[str, tuple[str, ...]] = {
+    "constant": (),
+    "step": ("factor", "epochs", "every"),
+    "cosine": (),
+    "restarts": ("every",),
+    "plateau": (
+        "factor",
+        "metric",
+        "patience",
+        "mode",
+        "threshold",
+        "threshold_mode",
+        "cooldown",
+        "min_lr",
+    ),
+}
+NAMES = tuple(KEYS)
 # The metrics of the validation images that "plateau" may follow, and whether smaller or larger is
 # better.
 _MODES = {"error": "min", "loss": "min", "accuracy": "max"}

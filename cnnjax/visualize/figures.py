@@ -7,6 +7,7 @@ from jaxtyping import Float, Int, Shaped
 from matplotlib.figure import Figure
 
 from cnnjax.inspect import Field
+from cnnjax.runtime.figures import replace_undrawable
 
 # The least height of an image in a mosaic.
 _LEAST_PIXELS = 48
@@ -28,10 +29,10 @@ def grid(rows: int, columns: int, inches: float = 2.0):
 def set_title(axis, text: str, fontsize: float) -> None:
     """Sets a title as plain text, such as the name of a file or a class.
 
-    matplotlib would read formulas between two dollar signs. It cannot draw the bytes of names that
-    are not UTF-8, which become question marks.
+    matplotlib would read formulas between two dollar signs. Characters that the font lacks become
+    question marks.
     """
-    drawable = text.encode(errors="replace").decode()
+    drawable = replace_undrawable(text)
     axis.set_title(drawable, fontsize=fontsize, parse_math=False)
 
 

@@ -21,6 +21,8 @@ from cnnjax.weights import pth, records
 _PTH_SUFFIXES = (".pth", ".pt")
 # What DataParallel, torch.compile and AveragedModel add to the names inside the module they wrap.
 _WRAPPER = re.compile(r"\b(?:module|_orig_mod)\.")
+# The usual name of the network in a LightningModule.
+_LIGHTNING = "model."
 # Numbers that BatchNorm and AveragedModel count for themselves.
 _COUNTERS = ("num_batches_tracked", "n_averaged")
 # DenseNets: PyTorch 0.3 writes `denselayer1.norm.1.weight`, later ones `denselayer1.norm1.weight`.
@@ -63,11 +65,15 @@ def _torchvision_names(keys: list[str], known: Collection[str]) -> dict[str, str
     """
     is_timm_vgg = any(key.startswith("pre_logits.") for key in keys)
     renamed = _TIMM_VGG if is_timm_vgg else {}
+    prefix = _LIGHTNING if all(key.startswith(_LIGHTNING) for key in keys) else ""
+    # A network of the user's may itself have a module of that name.
+    if any(_unwrapped(key, known) in known for key in keys):
+        prefix = ""
     names: dict[str, str] = {}
     for own in keys:
         if own not in known and own.split(".")[-1] in _COUNTERS:
             continue
-        name = _unwrapped(own, known)
+        name = _unwrapped(own.removeprefix(prefix), known)
         if name not in known:
             name = _OLD_DENSENET.sub(r"\1\2", name)
             for theirs, ours in renamed.items():
@@ -96,10 +102,11 @@ def read(
 ) -> StateDict:
     """Reads the tensors of a safetensors or .pth file by torchvision's names.
 
-    Nothing in a file can run code. The names may hold the wrappers of DataParallel, torch.compile
-    and AveragedModel, be DenseNet's old names or timm's names of VGG, and lie under `state_dict`,
-    `model_state_dict` or `model` in a checkpoint. Counters, such as BatchNorm's, are left out. A
-    file with the name of a published one must have its hash.
+    Nothing in a file can run code. The names may hold the wrappers of DataParallel, torch.compile,
+    AveragedModel and Lightning (`model.`, if all names begin so), be DenseNet's old names or timm's
+    names of VGG, and lie under `state_dict`, `model_state_dict` or `model` in a checkpoint.
+    Counters, such as BatchNorm's, are left out. A file with the name of a published one must have
+    its hash.
 
     Args:
       path: the file; `~` is expanded.

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from cnnjax.weights.unpickling import DTYPES, Interpreter, Storage, Tensor
+from cnnjax.weights.unpickling import DTYPES, Interpreter, Storage, Tensor, Unread
 
 _ZIP = b"PK\x03\x04"
 # Protocol 2, the magic number as LONG1, STOP.
@@ -115,16 +115,23 @@ def _checked(
     return contents
 
 
+def _describe(value: Any) -> str:
+    """Describes what is found in place of tensors, for an error."""
+    if isinstance(value, Unread):
+        return f"{value.name!r}, and only tensors are read; save model.state_dict() alone"
+    return f"a {type(value).__name__}"
+
+
 def _state_dict(value: Any) -> dict[str, Tensor]:
     """Returns the tensors by name, taken out of a checkpoint's wrapper."""
     for name in _WRAPPERS:
-        if isinstance(value, dict) and isinstance(value.get(name), dict):
+        if isinstance(value, dict) and isinstance(value.get(name), (dict, Unread)):
             value = value[name]
     if not isinstance(value, dict):
-        raise ValueError(f"it holds a {type(value).__name__} instead of a state dict")
+        raise ValueError(f"expected a state dict; it holds {_describe(value)}")
     for key, tensor in value.items():
         if not isinstance(key, str) or not isinstance(tensor, Tensor):
-            raise ValueError(f"{str(key)[:60]!r} is a {type(tensor).__name__} instead of a tensor")
+            raise ValueError(f"expected tensors; {str(key)[:60]!r} is {_describe(tensor)}")
     return value
 
 
@@ -146,10 +153,10 @@ def read(path: pathlib.Path) -> dict[str, np.ndarray]:
     """Reads the state dict of a .pth file; nothing in the file can run code.
 
     The arrays are read-only views of the mapped file: numbers are read on use, and the file's size
-    bounds the memory. The formats are zip and legacy, with a state dict alone or under
-    `state_dict`, `model_state_dict` or `model`.
+    bounds the memory. The formats are zip and legacy, with a state dict alone or in a checkpoint,
+    under `state_dict`, `model_state_dict` or `model`. What else a checkpoint holds is passed over.
 
-    Raises `ValueError` if the file holds anything else.
+    Raises `ValueError` if there is no state dict, or if it holds anything but tensors.
     """
     # Mapped rather than read: a converted copy of each tensor is made anyway, and pages of a mapped
     # file are given back when memory is short.

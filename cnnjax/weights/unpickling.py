@@ -1,8 +1,9 @@
 """A pickle's state dict, read without running the pickle.
 
 A pickle is a program: it may name any function and have it called. So Python's `pickle` is not
-used. `Interpreter` knows the few opcodes and names that occur in state dicts and refuses everything
-else; no name is looked up, and nothing in the file is called.
+used. `Interpreter` knows the few opcodes that occur in checkpoints and refuses all others. Of the
+names, it knows those that tensors are made with; objects of any other become `Unread`, which keeps
+nothing. No name is looked up, and nothing in the file is called.
 """
 
 import dataclasses
@@ -49,9 +50,29 @@ _CONSTANTS = (
 
 @dataclasses.dataclass(frozen=True)
 class _Name:
-    """A function, class or constant that the pickle names; it is not looked up."""
+    """A known function, class or constant that the pickle names; it is not looked up."""
 
     name: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Unread:
+    """Stands for an unknown function or class, and for all that is made with it.
+
+    Beside the weights, a checkpoint may hold any objects, such as the command's options. What the
+    pickle adds to such an object is dropped.
+    """
+
+    name: str
+
+    def append(self, item: Any) -> None:
+        """Drops an item of a list."""
+
+    def extend(self, items: Any) -> None:
+        """Drops items of a list."""
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        """Drops an item of a dictionary."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,16 +151,7 @@ def _size(lengths=(), *rest) -> tuple:
     return tuple(lengths)
 
 
-def _counter(*rest) -> dict:
-    """Stands for a counter, of which nothing is read.
-
-    The state of MultiStepLR, in a checkpoint of a whole training, holds its milestones in one.
-    """
-    return {}
-
-
 _FUNCTIONS: dict[str, Callable] = {
-    "collections.Counter": _counter,
     "collections.OrderedDict": _ordered_dict,
     "torch._utils._rebuild_tensor": _rebuild_tensor,
     "torch._utils._rebuild_tensor_v2": _rebuild_tensor,
@@ -248,7 +260,7 @@ class Interpreter:
         return items
 
     def _top(self, kind: type) -> Any:
-        if not self.stack or not isinstance(self.stack[-1], kind):
+        if not self.stack or not isinstance(self.stack[-1], (kind, Unread)):
             raise ValueError(f"the pickle changes something that is not a {kind.__name__}")
         return self.stack[-1]
 
@@ -287,26 +299,31 @@ class Interpreter:
             raise ValueError("the pickle recalls a value that it never stored")
         self._push(self.memo[index])
 
-    def _name(self) -> _Name:
+    def _name(self) -> _Name | Unread:
         module = self._line()
         name = f"{module}.{self._line()}"
-        if name not in _NAMES:
-            raise ValueError(
-                f"it asks for {name!r}, and only tensors are read; save model.state_dict() alone"
-            )
-        return _Name(name)
+        return _Name(name) if name in _NAMES else Unread(name)
 
     def _call(self) -> None:
         arguments = self._pop()
         function = self._pop()
-        if not isinstance(function, _Name) or function.name not in _FUNCTIONS:
-            raise ValueError("the pickle calls something that is not a function")
         if not isinstance(arguments, tuple):
             raise ValueError("the pickle calls a function without a tuple of arguments")
+        if isinstance(function, Unread):
+            self._push(function)
+            return
+        if not isinstance(function, _Name) or function.name not in _FUNCTIONS:
+            raise ValueError("the pickle calls something that is not a function")
         self._push(_FUNCTIONS[function.name](*arguments))
 
+    def _make_object(self) -> None:
+        """Leaves an unknown class, which stands for its objects, and drops the arguments."""
+        self._pop()
+        if not self.stack or not isinstance(self.stack[-1], Unread):
+            raise ValueError("the pickle makes an object of something that is not a class")
+
     def _set_attributes(self) -> None:
-        """Drops an OrderedDict's attributes, the modules' versions, which are not needed."""
+        """Drops attributes, such as an OrderedDict's versions of modules; none are needed."""
         self._pop()
         self._top(dict)
 
@@ -349,6 +366,7 @@ _STEPS: dict[bytes, Callable[[Interpreter], Any]] = {
     b"j": lambda self: self._recall("<I"),  # LONG_BINGET
     b"c": lambda self: self._push(self._name()),  # GLOBAL
     b"R": Interpreter._call,  # REDUCE
+    b"\x81": Interpreter._make_object,  # NEWOBJ
     b"b": Interpreter._set_attributes,  # BUILD
     b"Q": Interpreter._refer_to_storage,  # BINPERSID
 }
