@@ -537,15 +537,17 @@ def test_one_value_has_no_spread():
 
 # ------------------------------------------------------------------ jobs
 
-# Ends as a run does when its time is over; the second time it is finished.
+# Ends as a run does that is stopped or whose time is over; the second time it is finished.
 STOPPED_ONCE = """
-import pathlib, signal, sys, time
+import os, pathlib, signal, sys, time
 record = pathlib.Path("saved")
 def save(number, frame):
     record.write_text(signal.Signals(number).name)
     sys.exit(75)
-signal.signal(signal.SIGUSR2, save)
+for number in (signal.SIGTERM, signal.SIGUSR2):
+    signal.signal(number, save)
 if not record.exists():
+    pathlib.Path("process").write_text(str(os.getpid()))
     pathlib.Path("started").touch()
     time.sleep(60)
 pathlib.Path("finished").touch()
@@ -598,10 +600,75 @@ def test_a_checkpoint_waits_until_the_command_has_saved(tmp_path):
     assert (tmp_path / "finished").exists()
 
 
+def test_a_local_job_is_stopped_by_its_number(tmp_path, monkeypatch):
+    """`kill NUMBER`, which reaches submitit's process, also reaches the command, which saves."""
+    # Imported here, since every worker of the tests collects this module.
+    import submitit
+
+    # The job is a process of its own, which imports cnnjax from the current folder.
+    monkeypatch.chdir(ROOT)
+    executor = submitit.LocalExecutor(tmp_path / "jobs")
+    executor.update_parameters(timeout_min=5)
+    words = [sys.executable, "-c", STOPPED_ONCE]
+    job = executor.submit(jobs.CommandJob(words, str(tmp_path)))
+    wait_for(tmp_path / "started")
+    os.kill(int(job.job_id), signal.SIGTERM)
+    wait_for(tmp_path / "saved")
+    # This waits for the job to end.
+    assert "ended with exit code 75" in str(job.exception())
+    assert (tmp_path / "saved").read_text() == "SIGTERM"
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "process").read_text()), 0)
+
+
+def test_a_command_ends_with_its_job(tmp_path):
+    """A job that Ctrl-C ends leaves no command behind."""
+    job = jobs.CommandJob([sys.executable, "-c", STOPPED_ONCE], str(tmp_path))
+    main_thread = threading.main_thread().ident
+
+    def interrupt():
+        wait_for(tmp_path / "started")
+        signal.pthread_kill(main_thread, signal.SIGINT)
+
+    on_sigterm = signal.getsignal(signal.SIGTERM)
+    # A shell lets commands in the background ignore Ctrl-C.
+    on_sigint = signal.signal(signal.SIGINT, signal.default_int_handler)
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            job()
+    finally:
+        signal.signal(signal.SIGINT, on_sigint)
+        thread.join()
+    assert (tmp_path / "saved").read_text() == "SIGTERM"
+    assert job.process.poll() == 75
+    assert signal.getsignal(signal.SIGTERM) == on_sigterm
+
+
 def test_a_job_whose_command_fails_has_failed(tmp_path):
     job = jobs.CommandJob([sys.executable, "-c", "raise SystemExit(3)"], str(tmp_path))
     with pytest.raises(RuntimeError, match="ended with exit code 3"):
         job()
+
+
+def test_local_jobs_have_no_time_limit(tmp_path, monkeypatch):
+    """submitit would start a job six times at most."""
+    # Imported here, since every worker of the tests collects this module.
+    import submitit
+
+    limits = []
+
+    def submit(executor, job):
+        limits.append(executor.parameters["timeout_min"])
+        return types.SimpleNamespace(job_id="1")
+
+    monkeypatch.setattr(submitit.AutoExecutor, "submit", submit)
+    for settings in ([], ["timeout_min=60"]):
+        jobs.submit(["true"], folder=tmp_path, cluster="local", count=1, settings=settings)
+    minutes_of_a_year = 365 * 24 * 60
+    assert limits[0] > 10 * minutes_of_a_year
+    assert limits[1] == 60
 
 
 @pytest.mark.parametrize("devices", ["3", None])

@@ -48,6 +48,45 @@ def test_a_file_appears_whole_or_not_at_all(write, error, tmp_path, monkeypatch)
     assert path.read_bytes()[:3] != b"old" and len(list(tmp_path.iterdir())) == 1
 
 
+def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    """So a power failure leaves no empty file; some file systems cannot sync a folder."""
+    events = []
+    fsync = os.fsync
+    replace = pathlib.Path.replace
+
+    def record_fsync(descriptor):
+        synced = pathlib.Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        fsync(descriptor)
+        if synced == tmp_path:
+            events.append("folder")
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        events.append(synced.read_text())
+
+    def record_replace(path, target):
+        events.append(f"renamed to {target.name}")
+        return replace(path, target)
+
+    monkeypatch.setattr(os, "fsync", record_fsync)
+    monkeypatch.setattr(pathlib.Path, "replace", record_replace)
+    files.write(tmp_path / "results.json", "content")
+    assert events == ["content", "renamed to results.json", "folder"]
+    assert (tmp_path / "results.json").read_text() == "content"
+
+
+def test_a_disk_that_fails_late_keeps_the_old_file(tmp_path, monkeypatch):
+    """Some file systems report a full disk only when a file is synced."""
+
+    def fsync(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    path = tmp_path / "kept"
+    path.write_text("old")
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(OSError, match="No space left on device: .*kept"):
+        files.write(path, "new")
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("kept", "old")]
+
+
 def test_a_name_that_is_not_utf8_can_be_written(tmp_path):
     files.write(tmp_path / "table.md", os.fsdecode(b"caf\xe9.jpg"))
     assert (tmp_path / "table.md").read_bytes() == rb"caf\udce9.jpg"
@@ -599,6 +638,33 @@ def test_claims_where_a_file_has_one_name(tmp_path, monkeypatch):
         with pytest.raises(claims.Claimed, match=f"in use by process {os.getpid()} on "):
             claims.claim(tmp_path).__enter__()
         wait_for_a_renewal(path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("left", [None, GONE], ids=["free", "void"])
+def test_a_claim_whose_reply_was_lost_is_held(left, tmp_path, monkeypatch):
+    """NFS repeats a request whose reply was lost, and so reports that it failed."""
+    link = os.link
+    rename = pathlib.Path.rename
+
+    def link_and_fail(*arguments):
+        link(*arguments)
+        raise FileExistsError
+
+    def rename_and_fail(*arguments):
+        rename(*arguments)
+        raise FileNotFoundError
+
+    monkeypatch.setattr(os, "link", link_and_fail)
+    monkeypatch.setattr(pathlib.Path, "rename", rename_and_fail)
+    path = tmp_path / "run.claim"
+    if left:
+        path.write_text(json.dumps(left))
+    with claims.claim(tmp_path):
+        assert json.loads(path.read_text())["process"] == os.getpid()
+        # Another claim of this process is another's.
+        with pytest.raises(claims.Claimed, match=f"in use by process {os.getpid()} on "):
+            claims.claim(tmp_path).__enter__()
     assert not list(tmp_path.iterdir())
 
 

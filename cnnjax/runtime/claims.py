@@ -160,9 +160,11 @@ def _link(own_claim: pathlib.Path, path: pathlib.Path) -> None:
 def _remove_stale(path: pathlib.Path, content: bytes, own_claim: pathlib.Path) -> None:
     """Removes a stale claim, unless another process has replaced it since it was read."""
     removed = own_claim.with_suffix(".void")
-    # Of several processes, only one can rename it.
+    # Of several processes, only one can rename it. Which one shows below, since on NFS this may
+    # fail although it was done (`_acquire`).
     with contextlib.suppress(FileNotFoundError):
         path.rename(removed)
+    with contextlib.suppress(FileNotFoundError):
         if removed.read_bytes() != content:
             # It is another's valid claim, which is put back.
             with contextlib.suppress(FileExistsError):
@@ -172,27 +174,29 @@ def _remove_stale(path: pathlib.Path, content: bytes, own_claim: pathlib.Path) -
 
 def _acquire(path: pathlib.Path, own_claim: pathlib.Path) -> None:
     """Claims the directory. Raises `Claimed` if another process holds it."""
+    own_content = own_claim.read_bytes()
     has_met_stale = False
     while True:
-        try:
+        # If NFS loses a reply, it repeats the request, which then fails although it was done. So
+        # what is read below decides whose claim it is.
+        with contextlib.suppress(FileExistsError):
             _link(own_claim, path)
-            # A process that met the same stale claim may be removing ours in its place.
-            if has_met_stale:
-                time.sleep(_SETTLING_SECONDS)
-            if _is_own(path, own_claim):
-                return
-        except FileExistsError:
-            try:
-                content = path.read_bytes()
-            except FileNotFoundError:
-                continue
-            if holder := _describe_holder(path, content, own_claim):
-                raise Claimed(
-                    f"workdir={str(path.parent)!r} is in use by {holder}; wait for it, or choose "
-                    "another --workdir"
-                ) from None
-            has_met_stale = True
-            _remove_stale(path, content, own_claim)
+        # A process that met the same stale claim may be removing ours in its place.
+        if has_met_stale:
+            time.sleep(_SETTLING_SECONDS)
+        try:
+            content = path.read_bytes()
+        except FileNotFoundError:
+            continue
+        if content == own_content:
+            return
+        if holder := _describe_holder(path, content, own_claim):
+            raise Claimed(
+                f"workdir={str(path.parent)!r} is in use by {holder}; wait for it, or choose "
+                "another --workdir"
+            )
+        has_met_stale = True
+        _remove_stale(path, content, own_claim)
 
 
 def _is_own(path: pathlib.Path, own_claim: pathlib.Path) -> bool:

@@ -1,9 +1,11 @@
 """Files that are whole or absent, in the formats of a work directory."""
 
 import contextlib
+import errno
 import hashlib
 import io
 import json
+import os
 import pathlib
 import uuid
 import zipfile
@@ -18,16 +20,32 @@ from cnnjax.runtime import backend
 def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
     """Gives a temporary name for a file, which becomes `path` when the context ends.
 
-    So the file is whole or absent: after an error it is removed.
+    So the file is whole or absent, also after a power failure. After an error it is removed.
     """
     # A name of its own for every call: several processes may write one file.
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
     try:
         yield partial
+        # Otherwise, after a power failure, the name could be on the disk without the content.
+        _sync(partial)
         partial.replace(path)
+        _sync(path.parent)
     finally:
         with contextlib.suppress(OSError):
             partial.unlink()
+
+
+def _sync(path: pathlib.Path) -> None:
+    """Waits until the content of a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # Some file systems cannot do this for a folder.
+        if error.errno != errno.EINVAL:
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def write(path: pathlib.Path, content: str | bytes) -> None:

@@ -9,9 +9,11 @@ from typing import Any
 
 from cnnjax.runtime.configuration import parse_literal
 
-# In effect unlimited on Slurm: a run continues from its checkpoint, so a long one just takes more
-# jobs. submitit starts a local job six times at most, whatever this number is.
+# In effect unlimited: a run continues from its checkpoint, so a long one just takes more jobs.
 _MOST_REQUEUES = 10_000
+# Minutes until submitit ends a job. Local jobs are in effect unlimited: submitit would start a job
+# six times at most, and not again if it took more than 30 s to save.
+_TIMEOUT_MIN = {"slurm": 24 * 60, "local": 100 * 365 * 24 * 60}
 # Chooses the GPUs that a process sees.
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
 
@@ -28,9 +30,23 @@ class CommandJob:
         self.process: subprocess.Popen | None = None
 
     def __call__(self) -> int:
-        """Runs the command; raises `RuntimeError` for an exit code other than 0."""
-        self.process = subprocess.Popen(self.words, cwd=self.folder)
-        code = self.process.wait()
+        """Runs the command, and passes SIGTERM on to it.
+
+        Raises:
+            RuntimeError: for an exit code other than 0.
+        """
+        process = subprocess.Popen(self.words, cwd=self.folder)
+        self.process = process
+        # `scancel` sends SIGTERM to all processes of a job, which the command takes as one. `kill`
+        # sends it to one process, in which submitit would only log it.
+        previous = signal.signal(signal.SIGTERM, lambda number, frame: process.terminate())
+        try:
+            code = process.wait()
+        finally:
+            # Whatever ends the job, such as SIGINT, the command saves and ends with it.
+            process.terminate()
+            process.wait()
+            signal.signal(signal.SIGTERM, previous)
         if code:
             raise RuntimeError(f"{' '.join(self.words)} ended with exit code {code}")
         return code
@@ -69,7 +85,7 @@ def submit(
     """
     import submitit
 
-    parameters: dict[str, Any] = {"name": "cnnjax-sweep", "timeout_min": 24 * 60}
+    parameters: dict[str, Any] = {"name": "cnnjax-sweep", "timeout_min": _TIMEOUT_MIN[cluster]}
     parameters |= dict(_parse_setting(setting) for setting in settings)
 
     executor = submitit.AutoExecutor(
