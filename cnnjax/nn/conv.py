@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Key
 from cnnjax.nn.cpu import grouped as cpu
 from cnnjax.nn.cpu.conv import keep_padding_apart
 from cnnjax.nn.geometry import Both, Window, check_floating, check_map, pair
-from cnnjax.nn.lowering import fast_on_cpu
+from cnnjax.nn.lowering import uses_cpu_forms
 from cnnjax.nn.padding import check_fill, pad
 from cnnjax.nn.parameters import parameter
 from cnnjax.nn.sums import add_bias
@@ -66,14 +66,14 @@ def conv(
         ratio = jnp.asarray(kernel.shape[0] * kernel.shape[1] / inside, jnp.result_type(x))
         return _convolve(x, kernel, window, groups) * ratio[None, :, :, None]
     padded = pad(x, window.padding, fill, key=key)
-    if fast_on_cpu():
+    if uses_cpu_forms():
         padded = keep_padding_apart(x, padded, kernel.shape[:2])
     unpadded = Window(stride=window.stride, dilation=window.dilation)
     return _convolve(padded, kernel, unpadded, groups)
 
 
 def _convolve(x, kernel, window, groups):
-    if fast_on_cpu():
+    if uses_cpu_forms():
         return cpu.convolve_grouped(x, kernel, window, groups)
     return lax.conv_general_dilated(
         x,

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from cnnjax.nn.cpu import pooling as cpu
 from cnnjax.nn.geometry import Both, Window, check_map, output_size, pair, widen
-from cnnjax.nn.lowering import fast_on_cpu
+from cnnjax.nn.lowering import uses_cpu_forms
 from cnnjax.nn.padding import ZERO_FILLS, border_widths, check_fill, pad
 from cnnjax.nn.sampling import FILTERS, check_sampling, sample
 from cnnjax.runtime.types import AnyArray
@@ -96,7 +96,7 @@ def _max_pool(x, size, stride, border, missing, fill):
 
 
 def _is_unrolled(size) -> bool:
-    return fast_on_cpu() and math.prod(size) <= _LARGEST_UNROLLED
+    return uses_cpu_forms() and math.prod(size) <= _LARGEST_UNROLLED
 
 
 def _reduce_windows(x, start, operation, size, stride, widths="VALID"):
