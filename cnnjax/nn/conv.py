@@ -15,8 +15,8 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key
 
-from cnnjax.nn.cpu import grouped as cpu
 from cnnjax.nn.cpu.conv import keep_padding_apart
+from cnnjax.nn.cpu.grouped import convolve_grouped
 from cnnjax.nn.geometry import Both, Window, check_floating, check_map, pair
 from cnnjax.nn.lowering import uses_cpu_forms
 from cnnjax.nn.padding import check_fill, pad
@@ -74,7 +74,7 @@ def conv(
 
 def _convolve(x, kernel, window, groups):
     if uses_cpu_forms():
-        return cpu.convolve_grouped(x, kernel, window, groups)
+        return convolve_grouped(x, kernel, window, groups)
     return lax.conv_general_dilated(
         x,
         kernel,

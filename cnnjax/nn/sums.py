@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from cnnjax.nn.cpu import sums as cpu
+from cnnjax.nn.cpu import sums
 from cnnjax.nn.geometry import widen
 from cnnjax.nn.lowering import uses_cpu_forms
 from cnnjax.runtime.types import AnyArray
@@ -12,7 +12,7 @@ from cnnjax.runtime.types import AnyArray
 def channel_sum(x: Float[AnyArray, "*positions channels"]) -> Float[Array, " channels"]:
     """Sums over all axes but the last."""
     if uses_cpu_forms():
-        return cpu.total(x)
+        return sums.channel_sum(x)
     return x.sum(tuple(range(x.ndim - 1)))
 
 
@@ -24,7 +24,7 @@ def squared_deviation(
     `mean` must be the mean of `x`.
     """
     if uses_cpu_forms():
-        return cpu.squared_deviation(x, mean)
+        return sums.squared_deviation(x, mean)
     return channel_sum(jnp.square(x - jnp.broadcast_to(mean, x.shape)))
 
 
@@ -39,7 +39,7 @@ def scale_and_shift(
     It is computed as `x * factor + (bias - mean * factor)`.
     """
     if uses_cpu_forms():
-        return cpu.scale_and_shift(x, mean, factor, bias)
+        return sums.scale_and_shift(x, mean, factor, bias)
     shift = bias - mean * factor
     return jnp.broadcast_to(factor, x.shape) * x + jnp.broadcast_to(shift, x.shape)
 
@@ -49,6 +49,6 @@ def add_bias(
 ) -> Float[Array, "*positions channels"]:
     """Adds `bias` to each position of `x`."""
     if uses_cpu_forms():
-        return cpu.spread(bias, x.shape) + x
+        return sums.spread(bias, x.shape) + x
     # The gradient is a sum over all positions, of the type that the bias is broadcast in.
     return jnp.broadcast_to(widen(bias), x.shape).astype(bias.dtype) + x
