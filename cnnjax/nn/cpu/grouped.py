@@ -35,9 +35,9 @@ def convolve_block_diagonal(
     """Convolves by block-diagonal grouping.
 
     The plain form is one convolution with `feature_group_count`, a naive loop nest
-    (docs/performance.md compares the two: the rows of resnext50_32x4d, in brackets). Here the kernels
-    of ungrouped convolutions of some 32 channels hold several groups on their diagonal. More
-    channels waste time on zeros, and fewer make the matrix products slow. With 8 channels,
+    (docs/performance.md compares the two: the rows of resnext50_32x4d, in brackets). Here the
+    kernels of ungrouped convolutions of some 32 channels hold several groups on their diagonal.
+    More channels waste time on zeros, and fewer make the matrix products slow. With 8 channels,
     neighboring outputs are packed as channels, unless the convolution is strided or dilated.
     """
     most = _BLOCK_CHANNELS
