@@ -968,7 +968,7 @@ def test_a_step_in_scan_equals_a_loop():
 def test_wrong_arguments_name_themselves():
     x, kernel = jnp.ones((1, 4, 4, 2)), jnp.ones((3, 3, 2, 4))
     wrong_calls = {
-        "padding='mirror' is not one of zeros, none, reflect": lambda: cnn.conv(
+        "^fill='mirror' is not one of zeros, none, reflect": lambda: cnn.conv(
             x, kernel, padding=1, fill="mirror"
         ),
         "stride=0 is not an integer": lambda: cnn.conv(x, kernel, stride=0),

@@ -222,8 +222,8 @@ class Dense(nn.Module):
       bias_init: initializer of the bias; PyTorch's default unless given.
       dtype: type of the computation.
 
-    Raises `ValueError` if `features` is below 1, there are no inputs, or they do not have
-    a floating-point type.
+    Raises `ValueError` if `features` is below 1, there are no inputs, they do not have a
+    floating-point type, or a parameter has another shape than the input needs.
     """
 
     features: int

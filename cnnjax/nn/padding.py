@@ -64,10 +64,13 @@ _NUMPY_MODES = {
 }
 
 
-def check_fill(fill: str) -> None:
-    """Raises `ValueError` if `fill` is not one of `FILLS`."""
+def check_fill(fill: str, name: str = "fill") -> None:
+    """Raises `ValueError` if `fill` is not one of `FILLS`.
+
+    `name` is the argument that the error names: "padding" for a network.
+    """
     if fill not in FILLS:
-        raise ValueError(f"padding={fill!r} is not one of {', '.join(FILLS)}")
+        raise ValueError(f"{name}={fill!r} is not one of {', '.join(FILLS)}")
 
 
 def pad(
