@@ -150,7 +150,7 @@ class Auxiliary(nn.Module):
 
 def normalize_by_half(
     x: Float[AnyArray, "batch height width channels"],
-) -> Float[Array, "batch height width channels"]:
+) -> Float[AnyArray, "batch height width channels"]:
     """Converts normalization by ImageNet's moments to normalization by 0.5 and 0.5.
 
     Google's GoogLeNet and Inception v3 were trained on the latter (torchvision's

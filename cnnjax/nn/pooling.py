@@ -215,7 +215,8 @@ def _pool(x, window, stride, padding, fill, ceil=False) -> _Pool:
         raise ValueError(f"padding={padding} is more than half of the window, {size}")
     missing = (0, 0)
     if ceil and fill != "none":
-        missing = tuple(map(_missing, x.shape[1:3], size, stride, padding))
+        rows, columns = map(_missing, x.shape[1:3], size, stride, padding)
+        missing = (rows, columns)
     lengths = [length + more for length, more in zip(x.shape[1:3], missing)]
     if min(map(output_size, lengths, size, stride, padding)) < 1:
         raise ValueError(
