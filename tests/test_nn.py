@@ -20,7 +20,7 @@ from cnnjax.nn.cpu import conv as cpu_conv
 from cnnjax.nn.cpu import grouped
 from cnnjax.nn.cpu.barrier import materialize
 from cnnjax.nn.cpu.conv import input_gradient, kernel_gradient, packed_outputs
-from cnnjax.nn.cpu.sums import channel_sum, channel_sums
+from cnnjax.nn.cpu.sums import channel_sums, sum_products
 from cnnjax.nn.geometry import Window, pair
 from cnnjax.nn.padding import center
 
@@ -434,7 +434,7 @@ def test_channel_sums(shape):
     x, y = normal(0, *shape), normal(1, *shape)
     wide = np.asarray(x, np.float64)
     axes = tuple(range(len(shape) - 1))
-    one, both = jax.jit(lambda x, y: (channel_sum(x), channel_sum(x, y)))(x, y)
+    one, both = jax.jit(lambda x, y: (sum_products(x), sum_products(x, y)))(x, y)
     np.testing.assert_allclose(one, wide.sum(axes), atol=1e-5)
     np.testing.assert_allclose(both, (wide * np.asarray(y)).sum(axes), atol=1e-5)
 
@@ -968,7 +968,7 @@ def test_a_step_in_scan_equals_a_loop():
 def test_wrong_arguments_name_themselves():
     x, kernel = jnp.ones((1, 4, 4, 2)), jnp.ones((3, 3, 2, 4))
     wrong_calls = {
-        "padding='mirror' is not one of zeros, none, reflect": lambda: cnn.conv(
+        "^fill='mirror' is not one of zeros, none, reflect": lambda: cnn.conv(
             x, kernel, padding=1, fill="mirror"
         ),
         "stride=0 is not an integer": lambda: cnn.conv(x, kernel, stride=0),

@@ -201,7 +201,7 @@ def test_reads_are_counted_right(fill):
         is_symmetric = np.allclose(ways, ways[::-1])
         assert (patterns.asymmetry(np.outer(ways, ways)) < 1e-6) == is_symmetric
     assert patterns.asymmetry(np.array([[2.0, 0]])) == 1
-    with pytest.raises(ValueError, match="padding='random' depends on the image"):
+    with pytest.raises(ValueError, match="fill='random' depends on the image"):
         patterns.reads(chain, 21, "random")
 
 

@@ -68,7 +68,7 @@ class Network(nn.Module):
     input_shape: tuple[int, int, int] = (224, 224, 3)
 
     def __post_init__(self):
-        check_fill(self.padding)
+        check_fill(self.padding, "padding")
         check_sampling(self.sampling)
         _check_dtype(self.dtype)
         if not is_whole(self.num_classes) or self.num_classes < 1:

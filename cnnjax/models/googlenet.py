@@ -10,6 +10,7 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax.numpy as jnp
 from jax.typing import DTypeLike
+from jaxtyping import Array, Float
 
 from cnnjax.models.base import Network, register
 from cnnjax.nn import (
@@ -26,6 +27,7 @@ from cnnjax.nn import (
     sample,
 )
 from cnnjax.runtime import imagenet
+from cnnjax.runtime.types import AnyArray
 
 # torchvision truncates at +-2, two hundred standard deviations away.
 _normal = nn.initializers.normal(0.01)
@@ -105,8 +107,13 @@ class Inception(nn.Module):
         return concatenate([branch1, branch2, branch3, branch4], self.fill)
 
 
-def sow_logits(classifier: nn.Module, logits: jnp.ndarray) -> None:
-    """Leaves an auxiliary classifier's logits, float32, in the collection "auxiliary"."""
+def sow_logits(classifier: nn.Module, logits: Float[Array, "batch classes"]) -> None:
+    """Leaves an auxiliary classifier's logits, float32, in the collection "auxiliary".
+
+    Args:
+      classifier: the module whose logits they are.
+      logits: [batch, classes].
+    """
     if not classifier.is_initializing():
         classifier.sow(
             "auxiliary",
@@ -141,11 +148,19 @@ class Auxiliary(nn.Module):
         sow_logits(self, logits)
 
 
-def normalize_by_half(x):
+def normalize_by_half(
+    x: Float[AnyArray, "batch height width channels"],
+) -> Float[AnyArray, "batch height width channels"]:
     """Converts normalization by ImageNet's moments to normalization by 0.5 and 0.5.
 
     Google's GoogLeNet and Inception v3 were trained on the latter (torchvision's
-    `transform_input`). Raises `ValueError` if `x` does not have three channels.
+    `transform_input`).
+
+    Args:
+      x: images [batch, height, width, 3], normalized by `imagenet.MOMENTS`.
+
+    Returns [batch, height, width, 3].
+    Raises `ValueError` if `x` does not have three channels.
     """
     if x.shape[-1] != 3:
         raise ValueError(

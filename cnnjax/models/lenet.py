@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Float32
+from jaxtyping import Array, Float, Float32
 
 from cnnjax.models.base import Network, register
 from cnnjax.nn import Conv, Dense, add_bias, avg_pool, conv, flatten, max_pool, relu
+from cnnjax.runtime.types import AnyArray
 
 # Table I: which of S2's six maps (rows) each of C3's sixteen maps (columns) reads.
 _TABLE = """
@@ -58,7 +59,7 @@ def _draw_codes() -> Float32[np.ndarray, "digits pixels"]:
 CODES = _draw_codes()
 
 
-def squash(x: jnp.ndarray) -> jnp.ndarray:
+def squash(x: Float[AnyArray, "*shape"]) -> Float[Array, "*shape"]:
     """Returns the scaled hyperbolic tangent of appendix A, which maps +-1 to +-1."""
     return 1.7159 * jnp.tanh(x * (2 / 3))
 

@@ -8,6 +8,7 @@ import functools
 import flax.linen as nn
 import jax.numpy as jnp
 from jax.typing import DTypeLike
+from jaxtyping import Array, Float
 
 from cnnjax.models.base import Network, register
 from cnnjax.nn import (
@@ -21,6 +22,7 @@ from cnnjax.nn import (
     relu,
     sample,
 )
+from cnnjax.runtime.types import AnyArray
 
 _conv = functools.partial(Conv, use_bias=False, kernel_init=he_normal_fan_out)
 
@@ -36,7 +38,7 @@ TABLE = (
 )
 
 
-def relu6(x: jnp.ndarray) -> jnp.ndarray:
+def relu6(x: Float[AnyArray, "*shape"]) -> Float[Array, "*shape"]:
     """Returns min(max(x, 0), 6), with PyTorch's gradient of 0 at both ends."""
     return jnp.where(x >= 6, jnp.asarray(6, x.dtype), relu(x))
 

@@ -8,6 +8,7 @@ import functools
 import flax.linen as nn
 import jax.numpy as jnp
 from jax.typing import DTypeLike
+from jaxtyping import Array, Float
 
 from cnnjax.models.base import Network, register
 from cnnjax.nn import (
@@ -28,7 +29,7 @@ _conv = functools.partial(Conv, use_bias=False)
 DEPTHS = (4, 8, 4)
 
 
-def channel_shuffle(x: jnp.ndarray) -> jnp.ndarray:
+def channel_shuffle(x: Float[Array, "*batch channels"]) -> Float[Array, "*batch channels"]:
     """Interleaves the channels of the two halves.
 
     The halves of the next unit then mix those of this one.

@@ -15,10 +15,10 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key
 
-from cnnjax.nn.cpu import grouped as cpu
 from cnnjax.nn.cpu.conv import keep_padding_apart
+from cnnjax.nn.cpu.grouped import convolve_grouped
 from cnnjax.nn.geometry import Both, Window, check_floating, check_map, pair
-from cnnjax.nn.lowering import fast_on_cpu
+from cnnjax.nn.lowering import uses_cpu_forms
 from cnnjax.nn.padding import check_fill, pad
 from cnnjax.nn.parameters import parameter
 from cnnjax.nn.sums import add_bias
@@ -66,15 +66,15 @@ def conv(
         ratio = jnp.asarray(kernel.shape[0] * kernel.shape[1] / inside, jnp.result_type(x))
         return _convolve(x, kernel, window, groups) * ratio[None, :, :, None]
     padded = pad(x, window.padding, fill, key=key)
-    if fast_on_cpu():
+    if uses_cpu_forms():
         padded = keep_padding_apart(x, padded, kernel.shape[:2])
     unpadded = Window(stride=window.stride, dilation=window.dilation)
     return _convolve(padded, kernel, unpadded, groups)
 
 
 def _convolve(x, kernel, window, groups):
-    if fast_on_cpu():
-        return cpu.convolve_grouped(x, kernel, window, groups)
+    if uses_cpu_forms():
+        return convolve_grouped(x, kernel, window, groups)
     return lax.conv_general_dilated(
         x,
         kernel,
@@ -222,8 +222,8 @@ class Dense(nn.Module):
       bias_init: initializer of the bias; PyTorch's default unless given.
       dtype: type of the computation.
 
-    Raises `ValueError` if `features` is below 1, there are no inputs, or they do not have
-    a floating-point type.
+    Raises `ValueError` if `features` is below 1, there are no inputs, they do not have a
+    floating-point type, or a parameter has another shape than the input needs.
     """
 
     features: int

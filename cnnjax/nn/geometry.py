@@ -104,5 +104,5 @@ def valid_counts(
 ) -> Int[np.ndarray, " positions"]:
     """Counts, for each output along one axis, the taps that lie inside the image."""
     starts = np.arange(output_size(size, kernel, stride, padding, dilation)) * stride - padding
-    taps = starts[:, None] + np.arange(kernel) * dilation
-    return ((taps >= 0) & (taps < size)).sum(1)
+    positions = starts[:, None] + np.arange(kernel) * dilation
+    return ((positions >= 0) & (positions < size)).sum(1)

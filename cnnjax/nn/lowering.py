@@ -27,7 +27,7 @@ def lowering(form: str) -> contextlib.AbstractContextManager:
     return _FORM(form)
 
 
-def fast_on_cpu() -> bool:
+def uses_cpu_forms() -> bool:
     """Tells whether operations are traced in the forms of `cnnjax.nn.cpu`."""
     if _FORM.value == "auto":
         return jax.default_backend() == "cpu"

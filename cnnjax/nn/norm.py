@@ -25,8 +25,9 @@ class BatchNorm(nn.Module):
       axis_name: device axis; statistics are taken over the whole batch of its devices.
       dtype: type of the output. Parameters and running statistics are float32.
 
-    Raises `ValueError` if it is trained on a single value per channel, which has no variance, or
-    if its input does not have a floating-point type.
+    Raises `ValueError` if it is trained on a single value per channel, which has no variance, its
+    input does not have a floating-point type, or a parameter has another shape than the input
+    needs.
     """
 
     momentum: float = 0.1

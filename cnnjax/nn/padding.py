@@ -36,7 +36,7 @@ from jaxtyping import Array, Float, Key
 
 from cnnjax.nn.cpu.barrier import materialize_gradient
 from cnnjax.nn.geometry import Both, check_map, pair
-from cnnjax.nn.lowering import fast_on_cpu
+from cnnjax.nn.lowering import uses_cpu_forms
 from cnnjax.nn.resize import resize
 from cnnjax.runtime.types import AnyArray
 
@@ -64,10 +64,13 @@ _NUMPY_MODES = {
 }
 
 
-def check_fill(fill: str) -> None:
-    """Raises `ValueError` if `fill` is not one of `FILLS`."""
+def check_fill(fill: str, name: str = "fill") -> None:
+    """Raises `ValueError` if `fill` is not one of `FILLS`.
+
+    `name` is the argument that the error names: "padding" for a network.
+    """
     if fill not in FILLS:
-        raise ValueError(f"padding={fill!r} is not one of {', '.join(FILLS)}")
+        raise ValueError(f"{name}={fill!r} is not one of {', '.join(FILLS)}")
 
 
 def pad(
@@ -223,7 +226,7 @@ def concatenate(
     Returns [batch, height, width, channels], with the channels of all maps in their order.
     """
     joined = jnp.concatenate(align(branches, fill), axis=3)
-    return materialize_gradient(joined) if fast_on_cpu() else joined
+    return materialize_gradient(joined) if uses_cpu_forms() else joined
 
 
 def fit_to_branch(

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +10,9 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
-from cnnjax.nn.cpu import pooling as cpu
+from cnnjax.nn.cpu.pooling import max_windows, sum_windows
 from cnnjax.nn.geometry import Both, Window, check_map, output_size, pair, widen
-from cnnjax.nn.lowering import fast_on_cpu
+from cnnjax.nn.lowering import uses_cpu_forms
 from cnnjax.nn.padding import ZERO_FILLS, border_widths, check_fill, pad
 from cnnjax.nn.sampling import FILTERS, check_sampling, sample
 from cnnjax.runtime.types import AnyArray
@@ -19,6 +20,22 @@ from cnnjax.runtime.types import AnyArray
 # The forms for the CPU have an operation for each value of a window. In larger windows, they would
 # take too long to compile.
 _LARGEST_UNROLLED = 64
+
+
+class _Pool(NamedTuple):
+    """How the windows of a pool move over a map, as (height, width) pairs.
+
+    Attributes:
+      size: rows and columns of a window.
+      stride: positions from one window to the next.
+      border: rows and columns that the fill adds on each side.
+      missing: rows and columns that the last window lacks under `ceil`.
+    """
+
+    size: tuple[int, int]
+    stride: tuple[int, int]
+    border: tuple[int, int]
+    missing: tuple[int, int]
 
 
 def max_pool(
@@ -51,58 +68,60 @@ def max_pool(
     'one-sided', half of it.
     """
     check_sampling(sampling)
-    size, step, border, missing = _geometry(x, window, stride, padding, fill, ceil)
+    pool = _pool(x, window, stride, padding, fill, ceil)
     # A window that lies in this border has no largest value.
-    if fill == "one-sided" and any(2 * amount == length for amount, length in zip(border, size)):
+    covers_window = any(2 * amount == length for amount, length in zip(pool.border, pool.size))
+    if fill == "one-sided" and covers_window:
         raise ValueError(
-            f"padding={border}, all on one side, is as large as the window, {size}; "
+            f"padding={pool.border}, all on one side, is as large as the window, {pool.size}; "
             "fill='one-sided' accepts less than half of it"
         )
-    if sampling != "stride" and step != (1, 1):
-        return _sampled_max(x, size, step, border, missing, fill, sampling)
-    return _max_pool(x, size, step, border, missing, fill)
+    if sampling != "stride" and pool.stride != (1, 1):
+        return _sampled_max(x, pool, fill, sampling)
+    return _max_pool(x, pool, fill)
 
 
-def _sampled_max(x, size, stride, border, missing, fill, sampling):
+def _sampled_max(x, pool, fill, sampling):
     """Samples the dense map of maxima."""
+    dense_pool = pool._replace(stride=(1, 1))
     if fill == "circular":
-        x = _wrap(x, size, stride, border, missing)
-        border = (0, 0)
-        missing = (0, 0)
-    dense = _max_pool(x, size, (1, 1), border, missing, fill)
-    return sample(dense, stride, sampling=sampling, fill=fill)
+        x = _wrap(x, pool)
+        dense_pool = dense_pool._replace(border=(0, 0), missing=(0, 0))
+    dense = _max_pool(x, dense_pool, fill)
+    return sample(dense, pool.stride, sampling=sampling, fill=fill)
 
 
 # Compiled as a whole, so that `jax_debug_infs` does not see the infinities. The border that never
 # wins is added inside the maximum: a gradient keeps the operands, and a map padded with infinities
 # must not be one of them.
-@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4, 5), inline=True)
-def _max_pool(x, size, stride, border, missing, fill):
+@functools.partial(jax.jit, static_argnums=(1, 2), inline=True)
+def _max_pool(x, pool, fill):
     fill = "zeros" if fill == "random" else fill
     rows, columns = (0, 0), (0, 0)
     if fill in ZERO_FILLS:
-        rows, columns = border_widths(border, fill)
+        rows, columns = border_widths(pool.border, fill)
     else:
-        x = pad(x, border, fill)
+        x = pad(x, pool.border, fill)
     widths = (
         (0, 0),
-        (rows[0], rows[1] + missing[0]),
-        (columns[0], columns[1] + missing[1]),
+        (rows[0], rows[1] + pool.missing[0]),
+        (columns[0], columns[1] + pool.missing[1]),
         (0, 0),
     )
-    if _is_unrolled(size):
-        return cpu.max_windows(x, size, stride, widths)
-    return _reduce_windows(x, -np.inf, lax.max, size, stride, widths)
+    if _is_unrolled(pool.size):
+        return max_windows(x, pool.size, pool.stride, widths)
+    return _reduce_windows(x, -np.inf, lax.max, pool, widths)
 
 
 def _is_unrolled(size) -> bool:
-    return fast_on_cpu() and math.prod(size) <= _LARGEST_UNROLLED
+    return uses_cpu_forms() and math.prod(size) <= _LARGEST_UNROLLED
 
 
-def _reduce_windows(x, start, operation, size, stride, widths="VALID"):
+def _reduce_windows(x, start, operation, pool, widths="VALID"):
     # A constant of NumPy, by which lax recognizes a maximum or a sum.
     start = np.asarray(start, x.dtype)
-    return lax.reduce_window(x, start, operation, (1, *size, 1), (1, *stride, 1), widths)
+    size = (1, *pool.size, 1)
+    return lax.reduce_window(x, start, operation, size, (1, *pool.stride, 1), widths)
 
 
 def avg_pool(
@@ -125,65 +144,67 @@ def avg_pool(
     window.
     """
     check_sampling(sampling)
-    size, step, border, _ = _geometry(x, window, stride, padding, fill)
-    if sampling != "stride" and step != (1, 1):
-        return _sampled_mean(x, size, step, border, fill, sampling)
+    pool = _pool(x, window, stride, padding, fill)
+    if sampling != "stride" and pool.stride != (1, 1):
+        return _sampled_mean(x, pool, fill, sampling)
     fill = "partial" if fill == "random" else fill
-    padded = widen(pad(x, border, fill))
-    if _is_unrolled(size):
-        total = cpu.sum_windows(padded, size, step)
+    padded = widen(pad(x, pool.border, fill))
+    if _is_unrolled(pool.size):
+        total = sum_windows(padded, pool.size, pool.stride)
     else:
-        total = _reduce_windows(padded, 0, lax.add, size, step)
+        total = _reduce_windows(padded, 0, lax.add, pool)
     if fill == "partial":
-        inside = Window(step, border).valid_taps(x.shape, size).clip(1)
+        inside = Window(pool.stride, pool.border).valid_taps(x.shape, pool.size).clip(1)
         mean = total / jnp.asarray(inside, total.dtype)[None, :, :, None]
     else:
-        mean = total / (size[0] * size[1])
+        mean = total / math.prod(pool.size)
     return jnp.asarray(mean, jnp.result_type(x))
 
 
-def _sampled_mean(x, size, stride, border, fill, sampling):
+def _sampled_mean(x, pool, fill, sampling):
     """Filters a map instead of averaging it, or samples a grid of its dense means."""
     if sampling in FILTERS:
-        height, width = Window(stride, border).output_shape(x.shape, size)
+        height, width = Window(pool.stride, pool.border).output_shape(x.shape, pool.size)
         # An odd window whose border is half of it is centered on positions 0, s, 2s, ... So is the
         # filter with its own border, and the pool's border is dropped.
         border = tuple(
-            0 if length == 2 * amount + 1 else amount for length, amount in zip(size, border)
+            0 if length == 2 * amount + 1 else amount
+            for length, amount in zip(pool.size, pool.border)
         )
         if border != (0, 0) and fill in ("partial", "random"):
             # Partial convolution: divide by the weights that lie inside the image.
             inside = jnp.ones((1, *x.shape[1:3], 1), x.dtype)
-            settings = {"stride": stride, "sampling": sampling, "fill": "zeros"}
+            settings = {"stride": pool.stride, "sampling": sampling, "fill": "zeros"}
             filtered = sample(pad(x, border, "zeros"), **settings)
             share = sample(pad(inside, border, "zeros"), **settings)
             # Where the filter reaches no pixel, both are 0.
             filtered /= jnp.where(share > 0, share, 1)
         else:
-            filtered = sample(pad(x, border, fill), stride, sampling=sampling, fill=fill)
+            filtered = sample(pad(x, border, fill), pool.stride, sampling=sampling, fill=fill)
         return filtered[:, :height, :width]
+    border = pool.border
     if fill == "circular":
-        x = _wrap(x, size, stride, border, (0, 0))
+        x = _wrap(x, pool)
         border = (0, 0)
-    dense = avg_pool(x, size, 1, border, fill=fill)
-    return sample(dense, stride, sampling=sampling, fill=fill)
+    dense = avg_pool(x, pool.size, 1, border, fill=fill)
+    return sample(dense, pool.stride, sampling=sampling, fill=fill)
 
 
-def _wrap(x, size, stride, border, missing):
+def _wrap(x, pool):
     """Pads a map circularly until the stride divides the number of dense windows.
 
     2x2 windows on a map of even size then wrap around its end, as in the code of Chaman and
     Dokmanic: a circular shift of the map shifts the dense windows, and loses none.
     """
     widths = []
-    for length, window, step, low, more in zip(x.shape[1:3], size, stride, border, missing):
-        count = step * output_size(length + more, window, step, low)
-        widths.append((low, count + window - 1 - length - low))
+    for length, size, stride, border, missing in zip(x.shape[1:3], *pool):
+        count = stride * output_size(length + missing, size, stride, border)
+        widths.append((border, count + size - 1 - length - border))
     return jnp.pad(x, ((0, 0), *widths, (0, 0)), mode="wrap")
 
 
-def _geometry(x, window, stride, padding, fill, ceil=False):
-    """Checks a pool's arguments; returns its size, stride, border and missing values."""
+def _pool(x, window, stride, padding, fill, ceil=False) -> _Pool:
+    """Checks a pool's arguments and returns how its windows move."""
     check_map(x)
     check_fill(fill)
     size = pair(window, "window", 1)
@@ -194,14 +215,15 @@ def _geometry(x, window, stride, padding, fill, ceil=False):
         raise ValueError(f"padding={padding} is more than half of the window, {size}")
     missing = (0, 0)
     if ceil and fill != "none":
-        missing = tuple(map(_missing, x.shape[1:3], size, stride, padding))
+        rows, columns = map(_missing, x.shape[1:3], size, stride, padding)
+        missing = (rows, columns)
     lengths = [length + more for length, more in zip(x.shape[1:3], missing)]
     if min(map(output_size, lengths, size, stride, padding)) < 1:
         raise ValueError(
             f"a {size[0]}x{size[1]} pool with padding={fill!r} has no output on a "
             f"{x.shape[1]}x{x.shape[2]} map: the image is too small for this network"
         )
-    return size, stride, padding, missing
+    return _Pool(size, stride, padding, missing)
 
 
 def _missing(size: int, window: int, stride: int, padding: int) -> int:

@@ -29,7 +29,7 @@ from cnnjax.nn.geometry import Both, check_map, pair
 from cnnjax.nn.padding import center, pad
 from cnnjax.runtime.types import AnyArray
 
-# Taps of the filters along each axis.
+# Lengths of the filters along each axis, in taps.
 FILTERS = {"blur": 3, "blur5": 5}
 SAMPLINGS = ("stride", *FILTERS, "aps")
 
@@ -86,16 +86,16 @@ def sample(
     return _blur(x, stride, FILTERS[sampling], fill)
 
 
-def _blur(x, stride, taps, fill):
+def _blur(x, stride, length, fill):
     """Filters the strided axes and computes only the positions that are kept."""
-    weights = np.array([math.comb(taps - 1, tap) for tap in range(taps)]) / 2 ** (taps - 1)
-    amount = tuple(taps // 2 if step > 1 else 0 for step in stride)
+    weights = np.array([math.comb(length - 1, tap) for tap in range(length)]) / 2 ** (length - 1)
+    amount = tuple(length // 2 if step > 1 else 0 for step in stride)
     fill = "partial" if fill == "random" else fill
     padded = pad(x, amount, fill)
     filtered = [size for size, step in zip(padded.shape[1:3], stride) if step > 1]
-    if min(filtered) < taps:
+    if min(filtered) < length:
         raise ValueError(
-            f"a filter of {taps} taps with padding={fill!r} has no output on a "
+            f"a filter of {length} taps with padding={fill!r} has no output on a "
             f"{x.shape[1]}x{x.shape[2]} map: the image is too small for this network"
         )
     y = padded
@@ -105,7 +105,7 @@ def _blur(x, stride, taps, fill):
             if fill == "partial":
                 # The sum of the filter's weights that lie inside the map, for each position.
                 sums = np.convolve(np.ones(x.shape[axis]), weights)
-                inside = sums[taps // 2 : taps // 2 + x.shape[axis]]
+                inside = sums[length // 2 : length // 2 + x.shape[axis]]
                 # Followed by axes of length 1, it broadcasts along `axis` of the map.
                 later_axes = [1] * (3 - axis)
                 y /= jnp.asarray(inside[::step], y.dtype).reshape(-1, *later_axes)

@@ -64,7 +64,7 @@ def _check_names(config: ml_collections.ConfigDict) -> None:
     if len(set(config.encoders)) < len(config.encoders):
         raise ValueError(f"encoders={tuple(config.encoders)} must name each once")
     for fill in (*config.paddings, *config.sgd_paddings):
-        check_fill(fill)
+        check_fill(fill, "padding")
     # The default names paddings that a study may leave out; only an explicit choice must be among
     # them.
     unread = set(config.sgd_paddings) - set(config.paddings)

@@ -293,7 +293,7 @@ def reads(chain: Sequence[Window], size: int, fill: str) -> Float[np.ndarray, "{
     check_fill(fill)
     if fill == "random":
         raise ValueError(
-            "padding='random' depends on the image: how often a pixel is read is not defined"
+            "fill='random' depends on the image: how often a pixel is read is not defined"
         )
     counts = np.asarray(_reads(tuple(chain), size, fill), np.float64)
     return counts / counts.mean()

@@ -2,8 +2,8 @@
 
 The backend is fast only if a convolution is written NHWC x HWIO -> NHWC, ungrouped and without
 input dilation, and it rewrites other forms into that one only outside loops. The two gradients
-that JAX derives have other forms: a training step inside `lax.scan` ran on a naive loop nest,
-27 times slower. So this module states both gradients in the fast form.
+that JAX derives have other forms: inside `lax.scan`, a training step ran on a naive loop nest. So
+this module states both gradients in the fast form.
 """
 
 import dataclasses
@@ -99,8 +99,7 @@ def _forward(x, kernel, window):
 
     The plain form is one convolution. With up to 3 channels in or 16 out, the matrix product inside
     it has few columns, and each value is gathered anew for every output. A wider kernel with a
-    stride computes two or four neighbors of a row as if they were channels: 1.1 to 1.3 times faster
-    with 64 outputs, 5 times with 6.
+    stride computes two or four neighbors of a row as if they were channels.
     """
     count = packed_outputs(x, kernel.shape, window)
     if count == 1:
@@ -133,8 +132,8 @@ def _plain(x, kernel, window):
 def _exchanges_operands(x, kernel_size) -> bool:
     """Tells whether XLA would exchange image and kernel, which leaves the fast form.
 
-    It does so if the kernel is larger than the map, after it has moved zero padding into the
-    convolution: with 512 channels, 3x3 on 2x2, the gradient took 616 to 641 ms instead of 5 to 9.
+    It does so if the kernel is larger than the map, such as 3x3 on 2x2, after it has moved zero
+    padding into the convolution.
     """
     return math.prod(kernel_size) > math.prod(x.shape[1:3])
 
@@ -192,9 +191,9 @@ def input_gradient(x_shape: tuple, kernel: AnyArray, window: Window, dy: AnyArra
     return _forward(spread, _flip(kernel), Window(dilation=window.dilation))
 
 
-def _correlate_padded(dy, taps, widths):
-    padded = _pad(dy, [(low, high, 0) for low, high in widths], taps.shape[:2])
-    return _forward(padded, _flip(taps), Window())
+def _correlate_padded(dy, kernel, widths):
+    padded = _pad(dy, [(low, high, 0) for low, high in widths], kernel.shape[:2])
+    return _forward(padded, _flip(kernel), Window())
 
 
 def gradient_by_planes(
@@ -204,16 +203,15 @@ def gradient_by_planes(
 
     This is the sub-pixel decomposition of a transposed convolution. The plain form dilates the
     output's gradient by the stride, so that most of its factors are zeros. Here every stride-th row
-    and column of the result is a convolution of its own with the kernel's taps that meet it: 0.9 to
-    2.4 times faster.
+    and column of the result is a convolution of its own with the kernel's taps that meet it.
 
     Args:
       x_shape: the input's shape [batch, height, width, in].
       kernel: [kernel height, kernel width, in, out], where `in` is 1 if it is depthwise.
       window: how the kernel moves, without dilation.
       dy: the output's gradient [batch, height', width', out].
-      correlate: `correlate(dy, taps, widths)` pads rows and columns by (low, high), which may be
-        negative, and convolves with the taps, which are not flipped yet.
+      correlate: `correlate(dy, kernel, widths)` pads rows and columns by (low, high), which may be
+        negative, and convolves with the kernel, which is not flipped yet.
 
     Returns the input's gradient, of the shape `x_shape`.
     """
@@ -228,14 +226,14 @@ def gradient_by_planes(
         # are as rows.
         down, top = divmod(row + padding[0], stride[0])
         across, left = divmod(column + padding[1], stride[1])
-        taps = kernel[top :: stride[0], left :: stride[1]]
-        if not taps.size:
+        plane_kernel = kernel[top :: stride[0], left :: stride[1]]
+        if not plane_kernel.size:
             return jnp.zeros((batch, *size, channels), dy.dtype)
         widths = [
-            (taps.shape[0] - 1 - down, size[0] + down - dy.shape[1]),
-            (taps.shape[1] - 1 - across, size[1] + across - dy.shape[2]),
+            (plane_kernel.shape[0] - 1 - down, size[0] + down - dy.shape[1]),
+            (plane_kernel.shape[1] - 1 - across, size[1] + across - dy.shape[2]),
         ]
-        return correlate(dy, taps, widths)
+        return correlate(dy, plane_kernel, widths)
 
     rows = []
     for row in range(stride[0]):
@@ -306,10 +304,10 @@ def _kernel_gradient_by_rows(x, kernel_shape, window, dy):
     """Takes a matrix product for each row of the kernel (im2col of a row).
 
     The plain form is a convolution in which the output's gradient is a dilated kernel; here neither
-    side is transposed. 1x1: 1.2 to 5 times faster; strided, up to 3 rows: 0.9 to 1.7. A row's
-    matrix has about `width / prod(stride)` times as many values as the map.
+    side is transposed. A row's matrix has about `width / prod(stride)` times as many values
+    as the map.
     """
-    views = list(taps(x, kernel_shape[:2], window))
+    views = list(tap_views(x, kernel_shape[:2], window))
     positions = math.prod(dy.shape[:3])
     columns = dy.reshape(positions, kernel_shape[3])
     products = []
@@ -346,7 +344,7 @@ def _kernel_gradient_by_im2col(x, kernel_shape, window, dy):
     count = packed_outputs(x, kernel_shape, window)
     patch = (height, width + count - 1)
     strides = (window.stride[0], window.stride[1] * count)
-    views = taps(x, patch, dataclasses.replace(window, stride=strides))
+    views = tap_views(x, patch, dataclasses.replace(window, stride=strides))
     patches = jnp.concatenate(list(views), axis=3)
     positions = math.prod(patches.shape[:3])
     rows = patches.reshape(positions, patches.shape[3])
@@ -369,7 +367,8 @@ def _kernel_gradient_by_convolution(x, kernel_shape, window, dy):
         needed += window.dilation[axis] * (kernel_shape[axis] - 1)
         low = window.padding[axis]
         widths.append((low, needed - low - x.shape[axis + 1], 0))
-    gradient = _convolve_over_batch(x, dy, widths, window.dilation, window.stride)
+    # Its kernel, dy, is dilated by the stride and moves by the dilation.
+    gradient = _convolve_over_batch(x, dy, widths, stride=window.dilation, dilation=window.stride)
     return gradient.transpose(1, 2, 0, 3)
 
 
@@ -382,11 +381,11 @@ def _kernel_gradient_from_outputs(x, kernel_shape, window, dy):
     not padded.
     """
     widths = _spread_widths(x.shape, kernel_shape, window, dy.shape)
-    gradient = _convolve_over_batch(dy, x, widths, window.dilation)
+    gradient = _convolve_over_batch(dy, x, widths, stride=window.dilation)
     return _flip(gradient.transpose(1, 2, 0, 3))
 
 
-def _convolve_over_batch(x, kernel, widths, stride, dilation=(1, 1)):
+def _convolve_over_batch(x, kernel, widths, *, stride, dilation=(1, 1)):
     """Convolves maps with maps, summing over the batch: [channels of x, height, width, others]."""
     if is_below(x.size, LARGE):
         x = _pad(x, widths, kernel.shape[1:3]).transpose(3, 1, 2, 0)
@@ -414,16 +413,15 @@ def batch_last(x: AnyArray) -> jax.Array:
     """Transposes NHWC maps to [channels, height, width, batch] in two steps.
 
     The plain form is `x.transpose(3, 1, 2, 0)`. A plain matrix transposition first, which reads
-    memory in order, makes the kernel gradient of a map too large for the caches 1.1 to 1.4 times
-    faster, and that of a smaller one up to 1.4 times slower. An optimization barrier keeps XLA from
-    joining the two steps.
+    memory in order, makes the kernel gradient of a map too large for the caches faster, and that of
+    a smaller one slower. An optimization barrier keeps XLA from joining the two steps.
     """
     batch, *rest = x.shape
     rows = lax.optimization_barrier(x.reshape(batch, math.prod(rest)).T)
     return rows.reshape(*rest, batch).transpose(2, 0, 1, 3)
 
 
-def taps(x: AnyArray, kernel_size: tuple, window: Window) -> Iterator[AnyArray]:
+def tap_views(x: AnyArray, kernel_size: tuple, window: Window) -> Iterator[AnyArray]:
     """Yields a strided view of the padded map for each tap of a kernel, row by row.
 
     Each view has the output's height and width.

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cnnjax.nn.cpu.conv import taps
+from cnnjax.nn.cpu.conv import tap_views
 from cnnjax.nn.cpu.linear import linear_call
 from cnnjax.nn.geometry import Window
 from cnnjax.nn.padding import pad_constant
@@ -21,7 +21,7 @@ def sum_windows(x: AnyArray, size: tuple[int, int], stride: tuple[int, int]) -> 
 
     The plain form is `lax.reduce_window`.
     """
-    return functools.reduce(operator.add, taps(x, size, Window(stride)))
+    return functools.reduce(operator.add, tap_views(x, size, Window(stride)))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2, 3))
@@ -32,12 +32,12 @@ def max_windows(
 
     `widths` is the border of each axis, (low, high); it never wins.
 
-    The plain form is `lax.reduce_window`, whose gradient, select-and-scatter, is 3 to 80 times
-    slower on the CPU. This gradient is the same bit for bit: a window's whole gradient goes to its
-    first maximum, row by row.
+    The plain form is `lax.reduce_window`, whose gradient, select-and-scatter, is slow on the CPU.
+    This gradient is the same bit for bit: a window's whole gradient goes to its first maximum, row
+    by row.
     """
     padded = pad_constant(x, widths, -np.inf)
-    return functools.reduce(jnp.maximum, taps(padded, size, Window(stride)))
+    return functools.reduce(jnp.maximum, tap_views(padded, size, Window(stride)))
 
 
 @max_windows.defjvp
@@ -58,7 +58,7 @@ _compiled = functools.partial(jax.jit, static_argnames=("size", "stride", "width
 def _select_tangents(residuals, dx, *, size, stride, widths):
     (x,) = residuals
     first = _first_maxima(pad_constant(x, widths, -np.inf), size, stride)
-    views = taps(pad_constant(dx, widths, 0), size, Window(stride))
+    views = tap_views(pad_constant(dx, widths, 0), size, Window(stride))
     shares = (jnp.where(first == tap, view, 0) for tap, view in enumerate(views))
     return functools.reduce(operator.add, shares)
 
@@ -78,7 +78,7 @@ def _first_maxima(x, size, stride):
     Comparing with the maximum itself would save a pass, but XLA may compute `x` twice and round it
     differently, and then no tap would be equal.
     """
-    largest, *views = taps(x, size, Window(stride))
+    largest, *views = tap_views(x, size, Window(stride))
     first = jnp.zeros(largest.shape, jnp.int32)
     for tap, view in enumerate(views, 1):
         # Like select-and-scatter, moves on from a NaN.

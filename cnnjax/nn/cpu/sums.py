@@ -22,14 +22,13 @@ from cnnjax.runtime.types import AnyArray
 _PARTS = 8  # parts of the batch that are added elementwise
 
 
-def channel_sum(*factors: Float[AnyArray, "*positions channels"]) -> Float[Array, " channels"]:
-    """Multiplies maps elementwise and sums over all axes but the last, in float32 or more.
+def sum_products(*factors: Float[AnyArray, "*positions channels"]) -> Float[Array, " channels"]:
+    """Sums the elementwise product of maps over all axes but the last, in float32 or more.
 
-    The plain form is `(a * b).sum(axes)`. XLA's CPU backend reduces rows two to nine times slower
-    than it multiplies them with a row of ones, so up to eight parts of the batch are added
-    elementwise, together with the product, and a matrix product sums the rows. It keeps the
-    columns of a map apart, which are added at the end: one long float32 sum would lose two more
-    digits (and Inception v3 its parity).
+    The plain form is `(a * b).sum(axes)`. XLA's CPU backend reduces rows slower than it multiplies
+    them with a row of ones, so up to eight parts of the batch are added elementwise, together with
+    the product, and a matrix product sums the rows. It keeps the columns of a map apart, which are
+    added at the end: one long float32 sum would lose digits (and Inception v3 its parity).
     """
     product = functools.partial(functools.reduce, operator.mul)
     if factors[0].ndim == 1:
@@ -48,7 +47,8 @@ def _sum_columns(maps: Sequence[AnyArray]) -> Float[Array, "maps channels"]:
     width = math.prod(column_shape)
     rows = math.prod(shape[: -len(column_shape)])
     # XLA compiles a product with one row anew wherever it stands, and calls a library for two rows:
-    # ResNet-50's training step compiles 1.4 times faster. For many maps, two rows take longer.
+    # ResNet-50's training step compiles faster (docs/cpu_forms.md, History). For many maps, two
+    # rows take longer.
     ones = jnp.ones((2 if len(maps) <= 2 else 1, rows), maps[0].dtype)
     sums = jnp.stack([(ones @ x.reshape(rows, width))[0] for x in maps])
     return sums.reshape(len(maps), width // shape[-1], shape[-1]).sum(1)
@@ -65,7 +65,7 @@ def _count_parts(batch) -> int:
 def channel_sums(maps: Sequence[AnyArray]) -> Float[Array, "maps channels"]:
     """Sums each of several maps of one shape over all axes but the last.
 
-    The plain form is a `channel_sum` of each. One reduction of all maps over parts of the batch
+    The plain form is a `sum_products` of each. One reduction of all maps over parts of the batch
     reads the arrays they are products of only once.
     """
     if maps[0].ndim == 1:  # one position: nothing to sum
@@ -96,30 +96,33 @@ def _add_parts_tangent(primals, tangents):
 
 
 @jax.jit
-def total(x: Float[AnyArray, "*positions channels"]) -> Float[Array, " channels"]:
+def channel_sum(x: Float[AnyArray, "*positions channels"]) -> Float[Array, " channels"]:
     """Sums over all axes but the last; its transpose is a broadcast.
 
-    The values are those of `channel_sum`.
+    The values are those of `sum_products`.
     """
     # The transpose holds the shape alone: a tracer would leak.
     shape = x.shape
-    return linear_call(lambda _, x: channel_sum(x), lambda _, sums: (spread(sums, shape),), (), x)
+    return linear_call(lambda _, x: sum_products(x), lambda _, sums: (spread(sums, shape),), (), x)
 
 
 @functools.partial(jax.jit, static_argnums=1)
 def spread(
     values: Float[AnyArray, " channels"], shape: tuple
 ) -> Float[Array, "*positions channels"]:
-    """Broadcasts one value per channel to all positions; its transpose is `total`."""
+    """Broadcasts one value per channel to all positions; its transpose is `channel_sum`."""
     return linear_call(
-        lambda _, values: jnp.broadcast_to(values, shape), lambda _, dy: (total(dy),), (), values
+        lambda _, values: jnp.broadcast_to(values, shape),
+        lambda _, dy: (channel_sum(dy),),
+        (),
+        values,
     )
 
 
 @jax.custom_jvp
 def _squared_deviation(x, mean):
     centered = x - jnp.broadcast_to(mean, x.shape)
-    return channel_sum(centered, centered)
+    return sum_products(centered, centered)
 
 
 def _squared_deviation_tangent(primals, tangents):
@@ -127,7 +130,7 @@ def _squared_deviation_tangent(primals, tangents):
     dx, _ = tangents  # deviations from the mean add up to zero, and so does its derivative
     centered = x - spread(mean, x.shape)
     tangent = linear_call(
-        lambda residuals, dx: 2 * channel_sum(residuals[0], dx),
+        lambda residuals, dx: 2 * sum_products(residuals[0], dx),
         lambda residuals, dy: (spread(2 * dy, residuals[0].shape) * residuals[0],),
         (centered,),
         dx,
@@ -192,8 +195,6 @@ def scale_and_shift(
     """Returns `(x - mean) * factor + bias`, channel by channel.
 
     It is computed as `x * factor + (bias - mean * factor)`, which is also the plain form. Autodiff
-    sums rows in six separate passes; here both directions are a few passes of `channel_sum`. On 2
-    CPU cores BatchNorm's training pass over (64, 32, 32, 64) with its ReLU took 3.6 ms, by autodiff
-    71 ms, in PyTorch 7.9 ms.
+    sums rows in six separate passes; here both directions are a few passes of `sum_products`.
     """
     return _scale_and_shift(*vary_alike(x, mean, factor, bias))
