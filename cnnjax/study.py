@@ -118,6 +118,7 @@ from cnnjax.runtime import backend, command, files, tables, workdir
 from cnnjax.runtime.paths import expand_user, sha256
 from cnnjax.runtime.progress import progress
 from cnnjax.runtime.report import describe_environments
+from cnnjax.train.adopt import complete_record
 from cnnjax.transfer import WEIGHTS
 
 _LOG = logging.getLogger("cnnjax")
@@ -345,18 +346,18 @@ class Study:
         print(text)
 
 
-def update_recorded_paths(
+def update_record(
     config: ml_collections.ConfigDict,
     folder: pathlib.Path,
     keys: Iterable[str] = ("data_dir", "dataset", "initial_weights"),
 ) -> None:
-    """Records where a trained network's files are now.
+    """Records where a trained network's files are now, and keys of later versions.
 
     The project may have been moved since, and `--data_dir` may change from call to call. The caller
     has checked the study's own work directory.
 
     Args:
-      config: the configuration of the network.
+      config: the configuration of the network, changed in place as by `complete_record`.
       folder: the network's work directory, which may not exist yet.
       keys: those of the files; without "initial_weights" where the study's work directory is not
         bound to the contents of these.
@@ -367,6 +368,7 @@ def update_recorded_paths(
     paths = {name: config[name] for name in keys}
     if recorded | paths != recorded:
         files.write_json(folder / "config.json", recorded | paths)
+    complete_record(config, folder)
 
 
 def _list_files(settings: dict, options: tuple[str, ...]) -> dict[str, str | os.PathLike]:

@@ -150,8 +150,19 @@ def check(runs: list[Run], overrides: Collection[str] = ()) -> None:
     """Raises `ValueError` if a run cannot start, or its folder holds another or a damaged run.
 
     All runs are checked before any starts. If only some are of another configuration, the table
-    would otherwise mix both. `overrides` are the keys that the command line sets.
+    would otherwise mix both. `overrides` are the keys that the command line sets; those that the
+    schedule of some run reads may be unread by others, and a sweep that has started keeps its keys.
     """
+    # Imported when needed: it takes long, and `--help` does without.
+    from cnnjax.train import schedules
+
+    has_started = any(workdir.has_started(run.folder) for run in runs)
+    is_read: set[str] = set()
+    for run in runs:
+        if "schedule" in run.config:
+            keys = schedules.KEYS.get(run.config.schedule.name, ())
+            is_read |= {f"schedule.{key}" for key in keys}
+    overrides = () if has_started else set(overrides) - is_read
     for run in runs:
         single.job_of(run.config).check(run.config, run.folder, overrides)
         check_record(run)

@@ -164,7 +164,7 @@ def measure(point: Point, options) -> dict:
     """Trains one network; returns its errors and its accuracies [shares, removals]."""
     config = configure(point, options)
     folder = options.workdir / study.label(point)
-    final = workdir.run_once(loop.run, config, folder, study.update_recorded_paths)["final"]
+    final = workdir.run_once(loop.run, config, folder, study.update_record)["final"]
 
     data = arrays.load(config.dataset, config.data_dir)
     model = create_model(

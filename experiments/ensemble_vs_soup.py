@@ -174,7 +174,7 @@ def train(group: str, options, repetition: int) -> None:
     for folder, config in plan(folder_of(options, repetition), options, repetition).items():
         if folder.parent.name in ("start", group):
             loop.check(config)
-            workdir.run_once(loop.run, config, folder, study.update_recorded_paths)
+            workdir.run_once(loop.run, config, folder, study.update_record)
 
 
 # --- Combining ------------------------------------------------------------------------------------

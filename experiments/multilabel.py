@@ -191,7 +191,7 @@ def measure(point: Point, options, shared: Shared) -> dict:
     if point.weights == "scratch":
         folder = options.workdir / f"scene_net,seed={point.seed}"
         config = configure(options, point.seed)
-        result = workdir.run_once(loop.run, config, folder, study.update_recorded_paths)
+        result = workdir.run_once(loop.run, config, folder, study.update_record)
         return {"method": point.method(), "ap": result["by_class"]}
     file = None
     weights_seed = point.seed

@@ -176,7 +176,7 @@ def measure(point: Point, options, data: arrays.Dataset) -> dict:
     if options.weights and not encoder_file(options).exists():
         weights.save_torchvision(read_encoder(options.weights), encoder_file(options))
     file = predictions_file(options, point.padding, point.seed)
-    workdir.run_once(loop.run, config, file.parent, study.update_recorded_paths)
+    workdir.run_once(loop.run, config, file.parent, study.update_record)
     inside = reached(config, data.test.images.shape[1:])
     with np.load(file) as arrays_of_run:
         return score(arrays_of_run["predicted"], data.test.labels, inside)

@@ -288,7 +288,7 @@ def train(folder: pathlib.Path, settings: dict[str, Any]) -> float:
     # path of a file is not updated.
     if pathlib.Path(config.initial_weights).is_dir():
         keys.append("initial_weights")
-    update_paths = functools.partial(study.update_recorded_paths, keys=keys)
+    update_paths = functools.partial(study.update_record, keys=keys)
     results = workdir.run_once(loop.run, config, folder, update_paths)
     return 1 - results["final"]["test_error"]
 

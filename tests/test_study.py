@@ -406,19 +406,23 @@ def test_a_network_of_a_study_may_find_its_files_elsewhere(tmp_path):
     def train(config, folder):
         files.write_json(folder / "results.json", results)
 
-    workdir.run_once(train, trained, folder, study.update_recorded_paths)
+    workdir.run_once(train, trained, folder, study.update_record)
+    # Earlier versions did not record all keys.
+    record = read(folder / "config.json")
+    del record["clip_norm"]
+    files.write_json(folder / "config.json", record)
     trained.update(initial_weights="/new/run/start", data_dir="/new/data")
-    assert workdir.run_once(pytest.fail, trained, folder, study.update_recorded_paths) == results
+    assert workdir.run_once(pytest.fail, trained, folder, study.update_record) == results
     assert read(folder / "config.json")["data_dir"] == "/new/data"
     # The directory of a study whose weights may change is not bound to their contents.
     trained.initial_weights = "/other"
     with pytest.raises(ValueError, match="initial_weights='/new/run/start' there, '/other' now"):
-        adopt = functools.partial(study.update_recorded_paths, keys=("data_dir", "dataset"))
+        adopt = functools.partial(study.update_record, keys=("data_dir", "dataset"))
         workdir.run_once(pytest.fail, trained, folder, adopt)
     # A refused call leaves the record as it was.
     trained.epochs += 1
     with pytest.raises(ValueError, match="another configuration"):
-        workdir.run_once(pytest.fail, trained, folder, study.update_recorded_paths)
+        workdir.run_once(pytest.fail, trained, folder, study.update_record)
     assert read(folder / "config.json")["initial_weights"] == "/new/run/start"
 
 

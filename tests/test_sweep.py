@@ -531,6 +531,22 @@ def test_a_bad_sweep_is_named(tmp_path, body, message, capfd):
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_key_that_one_schedule_of_a_sweep_reads_is_no_mistake(tmp_path):
+    runs = []
+    for name in ("step", "cosine"):
+        config = defaults.get_config()
+        config.dataset = "digits"
+        config.schedule.update({"name": name, "every": 5, "min_lr": 0.1})
+        runs.append(sweep.Run({"schedule.name": name}, config, tmp_path / name))
+    sweep.check(runs, ["schedule.name", "schedule.every"])
+    with pytest.raises(ValueError, match="^schedule.min_lr=0.1: schedule.name='step' reads none"):
+        sweep.check(runs, ["schedule.min_lr"])
+    # Earlier versions began sweeps with such keys.
+    workdir.prepare(runs[0].folder, runs[0].config.to_dict())
+    (runs[0].folder / "metrics.jsonl").touch()
+    sweep.check(runs, ["schedule.min_lr"])
+
+
 def test_one_value_has_no_spread():
     assert sweep.summarize([0.25]) == {"mean": 0.25, "std": None, "n": 1, "half_width": None}
 
@@ -641,7 +657,8 @@ def test_a_command_ends_with_its_job(tmp_path):
     finally:
         signal.signal(signal.SIGINT, on_sigint)
         thread.join()
-    assert (tmp_path / "saved").read_text() == "SIGTERM"
+    # After Ctrl-C in a terminal, which reaches the command as well, SIGTERM would not let it save.
+    assert (tmp_path / "saved").read_text() == "SIGUSR2"
     assert job.process.poll() == 75
     assert signal.getsignal(signal.SIGTERM) == on_sigterm
 

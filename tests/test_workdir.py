@@ -59,7 +59,7 @@ def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
         fsync(descriptor)
         if synced == tmp_path:
             events.append("folder")
-            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
         events.append(synced.read_text())
 
     def record_replace(path, target):

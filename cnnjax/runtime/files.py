@@ -29,7 +29,9 @@ def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
         # Otherwise, after a power failure, the name could be on the disk without the content.
         _sync(partial)
         partial.replace(path)
-        _sync(path.parent)
+        # Not every file system can sync a folder.
+        with contextlib.suppress(OSError):
+            _sync(path.parent)
     finally:
         with contextlib.suppress(OSError):
             partial.unlink()
@@ -41,8 +43,8 @@ def _sync(path: pathlib.Path) -> None:
     try:
         os.fsync(descriptor)
     except OSError as error:
-        # Some file systems cannot do this for a folder.
-        if error.errno != errno.EINVAL:
+        # Not every file system can do this.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
             raise
     finally:
         os.close(descriptor)

@@ -43,8 +43,9 @@ class CommandJob:
         try:
             code = process.wait()
         finally:
-            # Whatever ends the job, such as SIGINT, the command saves and ends with it.
-            process.terminate()
+            # Whatever ends the job, such as SIGINT, the command saves and ends with it. If SIGINT
+            # has reached the command, too, SIGTERM would end it at once.
+            process.send_signal(signal.SIGUSR2)
             process.wait()
             signal.signal(signal.SIGTERM, previous)
         if code:

@@ -186,6 +186,7 @@ def download(url: str, path: pathlib.Path, prefix: str) -> pathlib.Path:
             reached = stream.tell()
             _LOG.info("cut off after %.1f MB; resuming", reached / 1e6)
         stream.flush()
+        os.fsync(stream.fileno())
         digest = sha256(partial)
         if not digest.startswith(prefix):
             partial.unlink()

@@ -140,8 +140,7 @@ def _ordered_dict(pairs=(), *rest) -> dict:
     for pair in pairs:
         if not isinstance(pair, (list, tuple)) or len(pair) != 2:
             raise ValueError("an OrderedDict is not made of pairs")
-        key, value = pair
-        made[_checked_key(key)] = value
+        _put(made, *pair)
     return made
 
 
@@ -162,14 +161,14 @@ _FUNCTIONS: dict[str, Callable] = {
 _NAMES = {*_FUNCTIONS, *DTYPES, *_CONSTANTS}
 
 
-def _checked_key(key: Any) -> str | int:
-    """Returns a dictionary's key, which is text or a small number.
+def _put(target: dict | Unread, key: Any, value: Any) -> None:
+    """Puts an item into a dictionary, if its key is text or a small number.
 
-    Hashing other keys can take forever. Raises `ValueError` for any other key.
+    A state dict has no other keys. Other items are dropped, since hashing their keys can take
+    forever.
     """
     if isinstance(key, str) or (_is_count(key) and key < _MOST_KEY):
-        return key
-    raise ValueError(f"a dictionary has a key of type {type(key).__name__}")
+        target[key] = value
 
 
 def _storage(identity: Any) -> Storage:
@@ -279,7 +278,7 @@ class Interpreter:
     def _set_item(self) -> None:
         value = self._pop()
         key = self._pop()
-        self._top(dict)[_checked_key(key)] = value
+        _put(self._top(dict), key, value)
 
     def _set_items(self) -> None:
         items = self._pop_to_mark()
@@ -287,7 +286,7 @@ class Interpreter:
         if len(items) % 2:
             raise ValueError("a dictionary has a key without a value")
         for key, value in zip(items[::2], items[1::2]):
-            target[_checked_key(key)] = value
+            _put(target, key, value)
 
     def _store(self, form: str) -> None:
         index = self._number(form)
