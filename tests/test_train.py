@@ -1190,12 +1190,11 @@ def test_of_several_processes_all_decide_by_the_scores_of_the_first(monkeypatch)
             fetch=lambda tree: tree, from_first_process=Parallel.from_first_process
         ),
         steps_per_epoch=1,
-        rates=[0.1],
         data=types.SimpleNamespace(damaged=None),
         score=lambda state, split: scored,
     )
     state = types.SimpleNamespace(totals={"loss": 1.0, "errors": 1.0, "count": 2.0})
-    entry = loop._evaluate_epoch(current, state, 1, 1.0)
+    entry = loop._evaluate_epoch(current, state, 1, np.float32([0.1]))
     assert (entry["validation_loss"], entry["validation_error"]) == tuple(first)
 
 

@@ -110,11 +110,8 @@ def train(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
         }
         _check_processes(training, origin)
         state = parallel.replicate(state)
-        # The factor of the schedule "plateau" that `constants` contains so far.
-        rate_scale = 1.0
-        constants = parallel.replicate(
-            step.Constants(moments=training.data.moments, rates=training.rates)
-        )
+        rates = _current_rates(training, plateau)
+        constants = parallel.replicate(step.Constants(moments=training.data.moments, rates=rates))
         epoch_began = time.monotonic() - epoch_seconds
         stop_signal = 0
         pace: _Pace | None = None
@@ -138,10 +135,6 @@ def train(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
 
         while not _is_trained(config, history):
             # ------------------------------------------------------ steps
-            if plateau and plateau.scale != rate_scale:
-                rate_scale = plateau.scale
-                rates = parallel.replicate(training.rates * np.float32(rate_scale))
-                constants = dataclasses.replace(constants, rates=rates)
             epoch_end = (len(history.entries) + 1) * per_epoch
             # None are left if the run was saved because the validation of this epoch failed.
             if steps_done < epoch_end:
@@ -154,7 +147,7 @@ def train(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
                     state=state,
                     steps=range(steps_done, min(epoch_end, next_checkpoint)),
                 )
-                _check_finite(training, state, steps_done, rate_scale, checkpoints)
+                _check_finite(training, state, steps_done, rates, checkpoints)
                 # The first call compiles, and starts the workers.
                 if pace is None:
                     pace = _Pace(training, steps_done)
@@ -165,7 +158,7 @@ def train(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
             if steps_done == epoch_end:
                 seconds = time.monotonic() - epoch_began
                 try:
-                    entry = _evaluate_epoch(training, state, steps_done, rate_scale)
+                    entry = _evaluate_epoch(training, state, steps_done, rates)
                 except Exception:
                     # The next start validates this epoch again. Several processes could only save
                     # together, and perhaps not all have failed.
@@ -173,10 +166,15 @@ def train(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
                         save(seconds)
                     raise
                 history.append(entry, seconds)
+                if training.data.damaged is not None:
+                    # The entry has the epoch's count.
+                    training.data.damaged = 0
                 _log_epoch(training, history, seconds)
                 if plateau:
                     metrics = entry | {"validation_accuracy": 1 - entry["validation_error"]}
                     plateau.update(metrics[f"validation_{schedule['metric']}"])
+                    rates = _current_rates(training, plateau)
+                    constants = dataclasses.replace(constants, rates=parallel.replicate(rates))
                 is_best = history.best() is entry
                 epoch_began = time.monotonic()
                 pace = None
@@ -259,15 +257,20 @@ def _check_processes(training: Training, origin: dict) -> None:
 # ------------------------------------------------------------------ parts of an epoch
 
 
+def _current_rates(training: Training, plateau: Plateau | None) -> np.ndarray:
+    """Returns the learning rate of each step, as the schedule "plateau" has it so far."""
+    return training.rates * np.float32(plateau.scale if plateau else 1.0)
+
+
 def _evaluate_epoch(
-    training: Training, state: step.State, steps_done: int, rate_scale: float
+    training: Training, state: step.State, steps_done: int, rates: np.ndarray
 ) -> dict:
     """Builds the record of an epoch: means while training, and validation scores."""
     sums = {name: float(value) for name, value in training.parallel.fetch(state.totals).items()}
     entry = {
         "epoch": steps_done // training.steps_per_epoch,
         "step": steps_done,
-        "learning_rate": float(training.rates[steps_done - 1] * rate_scale),
+        "learning_rate": float(rates[steps_done - 1]),
         "train_loss": sums["loss"] / sums["count"],
         "train_error": sums["errors"] / sums["count"],
     }
@@ -278,9 +281,6 @@ def _evaluate_epoch(
     if validated:
         values = training.parallel.from_first_process(list(validated.scores.values()))
         entry |= {f"validation_{name}": value for name, value in zip(validated.scores, values)}
-    # Last, so that the count is saved if the validation fails.
-    if damaged is not None:
-        training.data.damaged = 0
     return entry
 
 
@@ -391,7 +391,7 @@ def _check_finite(
     training: Training,
     state: step.State,
     steps_done: int,
-    rate_scale: float,
+    rates: np.ndarray,
     checkpoints: Checkpoints,
 ) -> None:
     """Raises `FloatingPointError` for a loss or a parameter that is not finite."""
@@ -405,9 +405,8 @@ def _check_finite(
     advice = "there is no checkpoint yet"
     if saved := checkpoints.steps():
         advice = f"the last checkpoint is that of step {saved[-1]}, in {checkpoints.folder}"
-    rate = training.rates[bad_step] * rate_scale
     raise FloatingPointError(
-        f"{problem} (learning rate {rate:g}); {advice}; lower schedule.learning_rate"
+        f"{problem} (learning rate {rates[bad_step]:g}); {advice}; lower schedule.learning_rate"
     )
 
 
