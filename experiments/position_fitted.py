@@ -2,6 +2,7 @@
 
     python -m experiments.position_fitted --workdir runs/position_fitted
         [--photographs FOLDER] [--seeds 3] [--paddings zeros ...] [--encoders resnet18 ...]
+        [--energy]
 
 The position study fits a linear readout of horizontal position (H) to 24 crops of photographs. Here
 a readout is fitted to photographs, to the same photographs with their pixels shuffled, or to noise
@@ -14,6 +15,10 @@ A nonlinear readout has one hidden layer. All stages are resized to one grid, in
 - "corners", as in the position study and the authors' code, aligns the corners of all stages,
   although the stages cover different parts of the image.
 - "registered" samples all stages at the same pixels.
+
+With `--energy`, H and the map G, a bump in the center, are also read from the local energy of the
+features, by a linear readout of squared differences between neighbors. Such a readout sees where
+resizing averages more.
 
 The last table shows how a border changes the output of one random convolution of noise. Finished
 points are not computed again. Writes report.md, fitted.json and fitted.png.
@@ -49,6 +54,7 @@ _HELD_OUT = 32
 _TEST = 32
 ENCODERS = ("resnet18", "vgg11", "vgg16")
 IMAGES = ("photographs", "shuffled", "noise")
+ENERGY_TARGETS = ("H", "G")
 # No padding, and the fills that keep every position where it is, as registered stages need.
 PADDINGS = ("none", *ALIGNED)
 
@@ -84,6 +90,13 @@ def add_options(parser):
         "hidden", 64, "hidden channels of the nonlinear readout; 0 leaves it out", least=0
     )
     parser.add_count("steps", 300, "SGD steps of the nonlinear readout")
+    # Work directories that were begun before this option existed continue with None.
+    parser.add_argument(
+        "--energy",
+        action="store_true",
+        default=None,
+        help="read H and G from the local energy of the features, too",
+    )
 
 
 def load(options) -> list[pathlib.Path]:
@@ -137,8 +150,11 @@ def measure(point: Point, options, paths: list[pathlib.Path]) -> dict:
     n_photographs = [min(len(part), count) for part, count in zip(parts, counts)]
     goal = target("H", FEATURE_SIZE)
     readouts = []
+    energies = []
     for grid, joined in features.items():
         train, held_out, test = np.split(joined, [most, most + _HELD_OUT])
+        if options.energy:
+            energies += read_energy(grid, train, held_out, test)
         for n_fitted in options.counts:
             chosen = train[choose_images(point, n_fitted, n_photographs[0])]
             readout = fit_exact(chosen, held_out, goal[None])
@@ -152,11 +168,12 @@ def measure(point: Point, options, paths: list[pathlib.Path]) -> dict:
                 hidden=(options.hidden,),
             )
             readouts.append(scored("nonlinear", grid, most, nonlinear(test)))
-    return {
+    result = {
         "readouts": readouts,
         "photographs": n_photographs,
         "border": border(point.padding, point.seed),
     }
+    return result | ({"energies": energies} if options.energy else {})
 
 
 def choose_images(point: Point, count: int, available: int) -> slice | list[int]:
@@ -198,6 +215,30 @@ def scored(readout: str, grid: str, count: int, maps: np.ndarray) -> dict:
         "median_r2": float(np.median(metrics["r2"])),
         "spc": float(metrics["spc"].mean()),
     }
+
+
+def local_energy(features: np.ndarray) -> np.ndarray:
+    """Sums the squared differences to the neighbors below and to the right.
+
+    From [n, side, side, channels] to [n, side - 1, side - 1, channels]: no place lacks a neighbor.
+    """
+    here = features[:, :-1, :-1]
+    below = features[:, 1:, :-1] - here
+    right = features[:, :-1, 1:] - here
+    return below**2 + right**2
+
+
+def read_energy(grid: str, train: np.ndarray, held_out: np.ndarray, test: np.ndarray) -> list[dict]:
+    """Scores linear readouts of H and G, fitted to the local energy of features."""
+    goals = np.stack([target(name, FEATURE_SIZE - 1) for name in ENERGY_TARGETS])
+    readout = fit_exact(local_energy(train), local_energy(held_out), goals)
+    maps = readout(local_energy(test))
+    rows = []
+    for number, name in enumerate(ENERGY_TARGETS):
+        metrics = scores(maps[:, number], goals[number])
+        row = {"grid": grid, "target": name, "count": len(train)}
+        rows.append(row | {"median_r2": float(np.median(metrics["r2"]))})
+    return rows
 
 
 def encode_grids(point: Point, images: np.ndarray) -> dict[str, np.ndarray]:
@@ -277,6 +318,31 @@ def tabulate(results: list[dict]) -> str:
     return tables.table(header, lines)
 
 
+def tabulate_energies(results: list[dict]) -> str:
+    """Tabulates R2 of readouts of the local energy; empty if none was measured."""
+    if "energies" not in results[0]:
+        return ""
+    paddings = study.unique(results, "padding")
+    lines = []
+    grid = itertools.product(
+        study.unique(results, "encoder"), study.unique(results, "images"), results[0]["energies"]
+    )
+    for encoder, images, kind in grid:
+        cells = []
+        for padding in paddings:
+            chosen = study.select(results, encoder=encoder, images=images, padding=padding)
+            rows = itertools.chain(*(result["energies"] for result in chosen))
+            same = study.select(list(rows), grid=kind["grid"], target=kind["target"])
+            cells.append(tables.spread(study.values(same, "median_r2"), 2))
+        label = [encoder, images, str(kind["count"]), kind["target"], kind["grid"]]
+        lines.append([*label, *cells, str(len(study.unique(results, "seed")))])
+    header = ["encoder", "fitted to", "images", "target", "grid", *paddings, "n"]
+    return (
+        "\nR2 of a linear readout of the local energy, the squared differences between neighbors "
+        "on the grid.\n\n" + tables.table(header, lines)
+    )
+
+
 def tabulate_borders(results: list[dict]) -> str:
     lines = []
     for padding in study.unique(results, "padding"):
@@ -344,7 +410,7 @@ mean ± sample standard deviation over n seeds of weights and images. The linear
 one, its penalty chosen on {_HELD_OUT} held-out images. "Corners" aligns the corners of all stages;
 "registered" samples all stages at the same pixels.{describe_photographs(results)}
 
-{tabulate(results)}
+{tabulate(results)}{tabulate_energies(results)}
 ![R2 of H by the number of images](fitted.png)
 
 What the border does to noise images behind one random 3x3 convolution: by what share the variance

@@ -16,6 +16,7 @@ from cnnjax.models import base
 from cnnjax.models.small import SmallConvNet
 from cnnjax.nn import Conv
 from cnnjax.position import encoder
+from cnnjax.position.targets import target
 from experiments import position_fitted
 from experiments.position_fitted import Point
 
@@ -125,6 +126,7 @@ def test_every_readout_is_reported(tmp_path, monkeypatch):
     _tiny(monkeypatch)
     command = ["--workdir", str(tmp_path), "--seeds", "1", "--images", "shuffled", "noise"]
     command += ["--paddings", "zeros", "--counts", "4", "8", "--hidden", "2", "--steps", "2"]
+    command += ["--energy"]
     assert position_fitted.main(command) == 0
     shuffled, noise = json.loads((tmp_path / "fitted.json").read_text())
     assert (shuffled["images"], noise["images"]) == ("shuffled", "noise")
@@ -138,12 +140,33 @@ def test_every_readout_is_reported(tmp_path, monkeypatch):
     assert all(row["r2"] > 0.03 for row in noise["readouts"] if row["readout"] == "linear")
     text = (tmp_path / "report.md").read_text()
     assert "| resnet18 | noise | 8 | nonlinear | registered | " in text
+    assert "| resnet18 | noise | 8 | G | registered | " in text
     assert shuffled["photographs"] == [6, 4, 3]
     described = (
         "those to fit to of at most 6 photograph(s), the held-out ones of 4, the unseen ones"
     )
     assert described in text.replace("\n", " ")
     assert (tmp_path / "fitted.png").stat().st_size > 1000
+
+
+def test_the_energy_of_features_tells_where_they_were_averaged():
+    """As where resizing averages more positions: here in the middle, so G is read, but not H."""
+    rng = np.random.default_rng(0)
+    spread = 2 - target("G", 28)[..., None]
+    parts = [spread * rng.standard_normal((n, 28, 28, 40)).astype(np.float32) for n in (8, 4, 4)]
+    h, g = position_fitted.read_energy("corners", *parts)
+    assert (h["target"], g["target"], g["count"]) == ("H", "G", 8)
+    assert h["median_r2"] < 0.02 and g["median_r2"] > 0.3
+    # Without a difference between places, nothing is read.
+    parts = [part / spread for part in parts]
+    h, g = position_fitted.read_energy("corners", *parts)
+    assert max(h["median_r2"], g["median_r2"]) < 0.02
+
+
+def test_local_energy_is_that_of_a_ramp():
+    ramp = np.arange(5.0)[:, None] * 3 + np.arange(5.0) * 2
+    energy = position_fitted.local_energy(ramp[None, ..., None])
+    assert energy.shape == (1, 4, 4, 1) and (energy == 9 + 4).all()
 
 
 def test_bad_counts_and_photographs_are_refused_before_anything_is_written(tmp_path, capsys):
@@ -177,7 +200,9 @@ def test_bad_counts_and_photographs_are_refused_before_anything_is_written(tmp_p
 def test_noise_needs_no_photographs(tmp_path, monkeypatch):
     """One photograph, which is too small as well, would be refused otherwise."""
     PIL.Image.new("RGB", (30, 20)).save(tmp_path / "a.png")
-    options = argparse.Namespace(photographs=str(tmp_path), counts=[4], images=["noise"], hidden=0)
+    options = argparse.Namespace(
+        photographs=str(tmp_path), counts=[4], images=["noise"], hidden=0, energy=None
+    )
     paths = position_fitted.load(options)
     assert paths == []
     monkeypatch.setattr(
