@@ -152,6 +152,7 @@ def check(runs: list[Run], overrides: Collection[str] = ()) -> None:
     All runs are checked before any starts. If only some are of another configuration, the table
     would otherwise mix both. `overrides` are the keys that the command line sets; those that the
     schedule of some run reads may be unread by others, and a sweep that has started keeps its keys.
+    A run with the schedule "constant" refuses them all the same: set them in `sweep()`.
     """
     # Imported when needed: it takes long, and `--help` does without.
     from cnnjax.train import schedules

@@ -341,7 +341,10 @@ def test_the_default_folder_does_not_depend_on_where_a_network_is(tmp_path, monk
     def default_folder(model):
         arguments = ["--config", "configs/lenet_digits.py", f"--config.model={model}"]
         options, config = main.parse(parser, arguments)
-        return options.workdir, f"lenet_digits-{files.digest(config.to_dict())}"
+        keys = config.to_dict()
+        # A key of later versions, which hashed the changed keys alone.
+        del keys["clip_norm"]
+        return options.workdir, f"lenet_digits-{files.digest(keys)}"
 
     folder, earlier = default_folder(tmp_path / "old" / "own.py:Own")
     assert folder == default_folder(tmp_path / "new" / "own.py:Own")[0]

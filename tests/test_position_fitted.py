@@ -59,6 +59,15 @@ def test_registered_stages_may_need_images_larger_than_the_publication_s(monkeyp
     np.testing.assert_allclose(features[..., 0], features[..., 1], atol=1e-4)
 
 
+def test_stages_that_share_one_pixel_are_named(caplog):
+    """The second stage has a single position in images of its window, 11 pixels."""
+    encoder.registered(Averages(), ("a", "b"), 15)
+    assert not caplog.records
+    matrices = encoder.registered(Averages(), ("a", "b"), 11)
+    assert "its stages at 11 px share a single pixel" in caplog.text
+    assert all((matrix == matrix[0]).all() for matrix in matrices)
+
+
 def test_fewer_images_than_photographs_are_nested_random_choices():
     chosen = {}
     for seed in (0, 1):

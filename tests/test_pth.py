@@ -213,7 +213,7 @@ OTHERS = {
     "objects": plain([pathlib.PurePosixPath("a"), collections.UserList([1]), range(3)]),
     "numbers of NumPy": plain([np.float64(0.75), np.arange(3), np.float32(1), np.bool_(True)]),
     "a function": name("torch.optim.lr_scheduler.LambdaLR"),
-    "keys that are not text": plain({0.5: 1, None: 2, (1, 2): 3, -1: 4, 2**40: 5, frozenset: 6}),
+    "keys that are not text": plain({0.5: 1, None: 2, True: 3, frozenset: 4}),
     "an attack": calls("os.system", "touch ran")[2:-1],
 }
 

@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import logging
 import os
 import pathlib
 from collections.abc import Iterator, Sequence
@@ -20,6 +21,7 @@ from cnnjax.nn import linear_interpolation, resize
 from cnnjax.nn.parameters import ParameterShapeError, eval_shape
 from cnnjax.runtime import files, imagenet
 from cnnjax.runtime.paths import expand_user
+from cnnjax.runtime.progress import log_once
 from cnnjax.runtime.types import AnyArray
 from cnnjax.weights import variable_shapes
 
@@ -199,6 +201,12 @@ def registered(
         centers.append(middle + field.step[1] * np.arange(shape[2]))
     first = max(stage_centers[0] for stage_centers in centers)
     last = min(stage_centers[-1] for stage_centers in centers)
+    if first == last:
+        log_once(
+            logging.WARNING,
+            f"{type(model).__name__} with padding={model.padding!r}: its stages at {size} px share "
+            "a single pixel, so registered features are the same at every position",
+        )
     pixels = np.linspace(first, last, FEATURE_SIZE)
     matrices = [linear_interpolation(pixels, stage_centers) for stage_centers in centers]
     return [matrix.astype(np.float32) for matrix in matrices]

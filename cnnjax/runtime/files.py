@@ -27,17 +27,17 @@ def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
     try:
         yield partial
         # Otherwise, after a power failure, the name could be on the disk without the content.
-        _sync(partial)
+        sync(partial)
         partial.replace(path)
         # Not every file system can sync a folder.
         with contextlib.suppress(OSError):
-            _sync(path.parent)
+            sync(path.parent)
     finally:
         with contextlib.suppress(OSError):
             partial.unlink()
 
 
-def _sync(path: pathlib.Path) -> None:
+def sync(path: pathlib.Path) -> None:
     """Waits until the content of a file, or the names in a folder, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

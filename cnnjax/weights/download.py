@@ -25,6 +25,7 @@ from collections.abc import Callable
 from typing import BinaryIO
 from urllib.parse import urlsplit
 
+from cnnjax.runtime import files
 from cnnjax.runtime.paths import expand_user, sha256
 from cnnjax.runtime.progress import progress
 from cnnjax.weights import records
@@ -186,7 +187,7 @@ def download(url: str, path: pathlib.Path, prefix: str) -> pathlib.Path:
             reached = stream.tell()
             _LOG.info("cut off after %.1f MB; resuming", reached / 1e6)
         stream.flush()
-        os.fsync(stream.fileno())
+        files.sync(partial)
         digest = sha256(partial)
         if not digest.startswith(prefix):
             partial.unlink()

@@ -164,11 +164,13 @@ _NAMES = {*_FUNCTIONS, *DTYPES, *_CONSTANTS}
 def _put(target: dict | Unread, key: Any, value: Any) -> None:
     """Puts an item into a dictionary, if its key is text or a small number.
 
-    A state dict has no other keys. Other items are dropped, since hashing their keys can take
-    forever.
+    A state dict has no other keys. Items whose key is an unknown object, None, True, False or a
+    fraction are dropped. Raises `ValueError` for other keys, since hashing them can take forever.
     """
     if isinstance(key, str) or (_is_count(key) and key < _MOST_KEY):
         target[key] = value
+    elif not isinstance(key, (Unread, type(None), bool, float)):
+        raise ValueError(f"a dictionary has a key of type {type(key).__name__}")
 
 
 def _storage(identity: Any) -> Storage:
