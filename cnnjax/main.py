@@ -22,9 +22,6 @@ _LOG = logging.getLogger("cnnjax")
 # Keys left out of the default work directory's name, since a run may continue with other values:
 # those of `cnnjax.train.adopt`, which takes long to import.
 _UNNAMED_KEYS = {"skip_damaged", "workers"}
-# Keys introduced since names of folders do not depend on all keys, with the values that change
-# nothing.
-_LATER_KEYS = {"clip_norm": 0.0, "fitted_to": "photographs"}
 
 
 # ------------------------------------------------------------------ what is run
@@ -196,8 +193,8 @@ def _default_workdir(
 
     naming = {key: value for key, value in options.overrides.items() if key not in _UNNAMED_KEYS}
     # Earlier versions hashed all keys; their work directories are found first.
-    all_keys = _without_later(change(options.overrides).to_dict())
-    named_keys = _without_later(change(naming).to_dict())
+    all_keys = configuration.without_later(change(options.overrides).to_dict())
+    named_keys = configuration.without_later(change(naming).to_dict())
     for keys in (all_keys, _movable(all_keys), _movable(named_keys)):
         earlier = folder_for(keys)
         if earlier.is_dir():
@@ -210,15 +207,6 @@ def _default_workdir(
     if not changed:
         return folder
     return folder_for(_movable(changed))
-
-
-def _without_later(keys: dict) -> dict:
-    """Leaves out keys that no version had that hashed all keys, where they change nothing."""
-    return {
-        key: value
-        for key, value in keys.items()
-        if key not in _LATER_KEYS or value != _LATER_KEYS[key]
-    }
 
 
 def _movable(keys: dict) -> dict:

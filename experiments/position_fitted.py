@@ -284,11 +284,14 @@ def _first_column(maps) -> tuple[float, float]:
 # --- Report ---------------------------------------------------------------------------------------
 
 
-def rows_of(results: list[dict], point_fields: dict, **fields) -> list[dict]:
-    """Returns readouts with the values `fields`, of points with the values `point_fields`."""
+def rows_of(results: list[dict], part: str, point_fields: dict, **fields) -> list[dict]:
+    """Returns rows of "readouts" or "energies" with the values `fields`.
+
+    They are those of points with the values `point_fields`.
+    """
     rows = []
     for result in study.select(results, **point_fields):
-        rows += study.select(result["readouts"], **fields)
+        rows += study.select(result[part], **fields)
     return rows
 
 
@@ -310,7 +313,7 @@ def tabulate(results: list[dict]) -> str:
         cells = []
         for padding in paddings:
             point_fields = {"encoder": encoder, "images": images, "padding": padding}
-            rows = rows_of(results, point_fields, **fields)
+            rows = rows_of(results, "readouts", point_fields, **fields)
             cells.append(tables.spread(study.values(rows, "median_r2"), 2))
         label = [encoder, images, str(kind["count"]), kind["readout"], kind["grid"]]
         lines.append([*label, *cells, seeds])
@@ -328,12 +331,12 @@ def tabulate_energies(results: list[dict]) -> str:
         study.unique(results, "encoder"), study.unique(results, "images"), results[0]["energies"]
     )
     for encoder, images, kind in grid:
+        fields = {name: kind[name] for name in ("grid", "target")}
         cells = []
         for padding in paddings:
-            chosen = study.select(results, encoder=encoder, images=images, padding=padding)
-            rows = itertools.chain(*(result["energies"] for result in chosen))
-            same = study.select(list(rows), grid=kind["grid"], target=kind["target"])
-            cells.append(tables.spread(study.values(same, "median_r2"), 2))
+            point_fields = {"encoder": encoder, "images": images, "padding": padding}
+            rows = rows_of(results, "energies", point_fields, **fields)
+            cells.append(tables.spread(study.values(rows, "median_r2"), 2))
         label = [encoder, images, str(kind["count"]), kind["target"], kind["grid"]]
         lines.append([*label, *cells, str(len(study.unique(results, "seed")))])
     header = ["encoder", "fitted to", "images", "target", "grid", *paddings, "n"]
@@ -372,7 +375,7 @@ def draw(results: list[dict]) -> Figure:
             curve = []
             for count in counts:
                 fields = {"readout": "linear", "grid": "corners", "count": count}
-                rows = rows_of(results, point_fields, **fields)
+                rows = rows_of(results, "readouts", point_fields, **fields)
                 curve.append(study.values(rows, "median_r2"))
             study.draw_curve(axis, counts, curve, marker="o", ms=3, lw=1, label=padding)
         axis.axhline(0, color="black", lw=0.5)

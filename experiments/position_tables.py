@@ -31,7 +31,6 @@ from typing import NamedTuple
 import ml_collections
 
 from cnnjax.data import photographs
-from cnnjax.position import defaults
 from cnnjax.position import study as position_study
 from cnnjax.position.targets import TARGETS
 from cnnjax.runtime import backend, command, configuration, files, tables, workdir
@@ -39,9 +38,6 @@ from cnnjax.study import select, unique
 from configs import posenet
 
 READOUTS = ("sgd", "exact")
-# Keys that are left out of the names of folders while they have their earlier value, so that
-# studies of before are found.
-_LATER = ("fitted_to",)
 
 # SPC (Spearman's rank correlation) and MAE (mean absolute error), as printed in the paper.
 
@@ -376,10 +372,7 @@ def study_name(
         paths; None for the name that earlier versions gave.
       any_seeds: whether the name is the same for every number of seeds.
     """
-    settings = config.to_dict()
-    for key in _LATER:
-        if settings[key] == defaults.BEFORE[key]:
-            del settings[key]
+    settings = configuration.without_later(config.to_dict())
     if any_seeds:
         del settings["seeds"]
     for key, digest in (contents or {}).items():

@@ -145,7 +145,8 @@ def _format_by_seed(results: Results, kind: str) -> str:
     if rows[0].r2_by_seed is None or rows[0].n_seeds < 2:
         return ""
     targets = _values(rows, "target")
-    fitted_kind = rows[0].fitted_to.replace("photographs", "natural")
+    fitted_to = rows[0].fitted_to
+    fitted_kind = "natural" if fitted_to == "photographs" else fitted_to
     metric = "R2" if kind == fitted_kind else "SPC"
 
     def by_seed(setting: Row, target: str) -> np.ndarray:

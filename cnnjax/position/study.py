@@ -382,6 +382,7 @@ def draw_images(
 ) -> dict[str, UInt8[np.ndarray, "_ size size 3"]]:
     """Draws a seed's images: "train", "held_out" and a test set for each kind of data."""
     size = config.image_size
+    parts = divide_photographs(config, seed)
     images = {}
     for number, name in enumerate(("train", "held_out")):
         if config.fitted_to == "noise":
@@ -391,7 +392,7 @@ def draw_images(
             drawn = photographs.synthetic("noise", count, size, stream, *config.noise)
         else:
             is_shuffled = config.fitted_to == "shuffled_pixels"
-            drawn = _draw_crops(config, name, seed, is_shuffled)
+            drawn = _draw_crops(config, parts, name, seed, is_shuffled)
         if config.mirrored:
             # [n, rows, columns, 3], mirrored along either axis and along both.
             mirrored = [drawn[:, :, ::-1], drawn[:, ::-1], drawn[:, ::-1, ::-1]]
@@ -401,7 +402,8 @@ def draw_images(
         if kind not in config.data:
             continue
         if kind in ("natural", "shuffled_pixels"):
-            images[kind] = _draw_crops(config, "natural", seed, kind == "shuffled_pixels")
+            is_shuffled = kind == "shuffled_pixels"
+            images[kind] = _draw_crops(config, parts, "natural", seed, is_shuffled)
         else:
             count = config.n_noise if kind == "noise" else 1
             images[kind] = photographs.synthetic(kind, count, size, seed, *config.noise)
@@ -409,10 +411,13 @@ def draw_images(
 
 
 def _draw_crops(
-    config: ml_collections.ConfigDict, name: str, seed: int, is_shuffled: bool
+    config: ml_collections.ConfigDict,
+    parts: dict[str, list[pathlib.Path]],
+    name: str,
+    seed: int,
+    is_shuffled: bool,
 ) -> UInt8[np.ndarray, "_ size size 3"]:
     """Draws crops of a part of the photographs, with their pixels in order or shuffled."""
-    parts = divide_photographs(config, seed)
     # A random stream of its own for each of the three parts.
     stream = seed * 3 + list(parts).index(name)
     count = _count_images(config)[name]

@@ -18,6 +18,9 @@ from cnnjax.runtime import source
 
 # A network's own fields are the only keys that may be added: `create_model` checks them.
 _OPEN_SECTION = "model_fields"
+# Keys introduced since the names of folders do not depend on all keys, with the values that change
+# nothing.
+_LATER = {"clip_norm": 0.0, "fitted_to": "photographs"}
 # jax makes a random key of a 32-bit integer.
 LARGEST_SEED = 2**31 - 1
 
@@ -117,6 +120,14 @@ def override(
             expected = type(known.get(key)).__name__
             raise ValueError(f"{key}={value!r} is not of the type {expected}") from error
     return expand_paths(changed)
+
+
+def without_later(keys: Mapping[str, Any]) -> dict[str, Any]:
+    """Leaves out keys that change nothing and that no version had that hashed all keys.
+
+    Its digests of a configuration are then those of these versions, in the names of folders.
+    """
+    return {key: value for key, value in keys.items() if key not in _LATER or value != _LATER[key]}
 
 
 def to_tuples(value: Any) -> Any:

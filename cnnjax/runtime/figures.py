@@ -1,5 +1,6 @@
 """What all figures share."""
 
+import functools
 from collections.abc import Sequence
 
 from matplotlib import font_manager
@@ -7,9 +8,15 @@ from matplotlib import font_manager
 
 def _drawable_characters() -> set[int]:
     """Returns the characters that the font has, as numbers."""
-    drawable: set[int] = set()
     # All but the first are fallbacks, which the user's matplotlibrc may name.
-    for family in font_manager.FontProperties().get_family():
+    return _characters_of(tuple(font_manager.FontProperties().get_family()))
+
+
+# Cached: a figure may have hundreds of titles.
+@functools.cache
+def _characters_of(families: tuple[str, ...]) -> set[int]:
+    drawable: set[int] = set()
+    for family in families:
         file = font_manager.findfont(font_manager.FontProperties(family=[family]))
         drawable |= font_manager.get_font(file).get_charmap().keys()
     return drawable

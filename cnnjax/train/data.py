@@ -4,6 +4,7 @@ Both kinds have one interface, `TrainingData`; `open_data` chooses between them.
 """
 
 import collections
+import functools
 import hashlib
 import logging
 import time
@@ -52,9 +53,11 @@ class TrainingData(Protocol):
     n_train: int
     n_validation: int
     digest: str
-    test_digest: str
     moments: Moments
     damaged: int | None
+
+    @property
+    def test_digest(self) -> str: ...
 
     def advance(
         self,
@@ -227,13 +230,16 @@ class Resident:
         self.n_train = len(train.images)
         self.n_validation = 0 if validation is None else len(validation.labels)
         self.digest = digest_arrays(train, validation)
-        self.test_digest = digest_arrays(self._dataset.test)
         self.moments = moments_of(config, *arrays.normalization(train.images))
         # A device may report only later that it has no room.
         self._placed = jax.block_until_ready(parallel.replicate(tuple(train)))
         self._epoch: int | None = None
         self._order = None
         self._call_length = _CallLength(parallel)
+
+    @functools.cached_property
+    def test_digest(self) -> str:
+        return digest_arrays(self._dataset.test)
 
     def advance(self, *, recipe, numbers, constants, state, steps):
         batch_size = self._config.batch_size
@@ -282,12 +288,15 @@ class Streamed:
         self.n_validation = len(self._sources.get("validation", ()))
         uses = [use for use in ("train", "validation") if use in self._sources]
         self.digest = files.digest({use: self._sources[use].digest() for use in uses})
-        self.test_digest = self._sources["test"].digest()
         self.moments = moments_of(config, *imagenet.MOMENTS)
         self._batches: Iterator | None = None
         self._call_length = _CallLength(parallel)
         self.damaged = 0 if config.skip_damaged else None
         self._reported: set[int] = set()
+
+    @functools.cached_property
+    def test_digest(self) -> str:
+        return self._sources["test"].digest()
 
     def _training_batches(self, first: int) -> stream.TrainingBatches:
         """Returns the batches of all steps from `first` to the end of the run."""
