@@ -103,6 +103,7 @@ def test_a_layers_passes_are_those_of_the_convolution():
     np.testing.assert_allclose(facts["sizes"], sizes, rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("network", sorted({name.partition(".")[0] for name in cases.LAYERS}))
 def test_the_layers_are_of_the_networks_that_they_name(network):
     macs = {layer.name: layer.macs for layer in summary.layers(create_model(network))}

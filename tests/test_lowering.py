@@ -145,6 +145,7 @@ def derivatives(function):
     return everything
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in OPERATIONS if name.startswith("BatchNorm")])
 def test_a_plain_sum_has_second_derivatives(name):
     """The derivative of a plain sum in the output is constant; only the images have a tangent."""
@@ -265,6 +266,7 @@ def test_sums_in_bfloat16_keep_small_numbers(form):
         np.testing.assert_allclose(total.astype(jnp.float32), 16 * (256 + 7), rtol=0.005)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kernel_size", "options"),
     [

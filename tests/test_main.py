@@ -319,6 +319,7 @@ def test_importing_the_package_loads_neither_jax_nor_matplotlib():
     )
 
 
+@pytest.mark.slow
 def test_modules_of_the_package_are_there_at_their_first_use():
     code = (
         "import sys, cnnjax\n"

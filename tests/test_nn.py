@@ -941,6 +941,7 @@ def most_operands(depth):
     return max(operands)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="other backends are left alone")
 def test_a_deeper_dense_block_has_no_larger_operations():
     """Sums of many layers' gradients fused into one operation would compute each layer's anew."""

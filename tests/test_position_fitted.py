@@ -103,6 +103,7 @@ def test_shuffling_moves_whole_pixels_of_one_image():
         assert sorted(map(tuple, after.reshape(-1, 3).tolist())) == pixels
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("padding", ["replicate", "random", "circular"])
 def test_only_a_copied_border_of_noise_has_another_mean(padding):
     """Copied neighbors change the variance, which a ReLU turns into a mean.

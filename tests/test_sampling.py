@@ -132,6 +132,7 @@ def test_a_map_that_the_stride_does_not_divide_is_followed_by_its_first_rows():
     np.testing.assert_array_equal(y[0, :, 0, 0], [1, 1, 0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "pool, window, stride, padding, options",
     [
@@ -198,6 +199,7 @@ def test_a_filter_that_reaches_no_pixel_gives_zero(fill):
     np.testing.assert_allclose(means[0, :, :, 0], expected, rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fill", ["zeros", "partial", "reflect", "circular"])
 def test_a_filter_is_centered_on_its_window(fill):
     """Windows of 2p + 1 values with padding p are centered on every s-th position of the map.

@@ -138,6 +138,7 @@ def test_files_that_are_not_as_published_are_named(scenes):
         arrays.load("camvid", str(scenes / "nowhere"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fill", ["zeros", "reflect"])
 def test_masks_move_with_their_images(fill):
     masks = np.random.default_rng(0).integers(1, 200, (6, 9, 12)).astype(np.uint8)

@@ -196,6 +196,7 @@ def test_dropout_and_mixup_differ_by_seed_and_step(kind):
     assert len(losses) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["dropout", "mixup"])
 @pytest.mark.parametrize("way, accumulate", [("jit", 8), ("shard_map", 1)])
 def test_dropout_and_mixup_differ_by_device_and_part(kind, way, accumulate):
@@ -234,6 +235,7 @@ def test_scored_variables_are_all_averages_or_none():
         assert numbered.variables_to_score() == scored
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ema_decay", [0.999, 0.2])
 def test_averages_leave_their_random_start_within_a_few_steps(ema_decay):
     """The decay rises to `ema_decay`, which 0.2 reaches in the third step."""

@@ -556,6 +556,7 @@ print(json.dumps(found))
 """
 
 
+@pytest.mark.slow
 def test_a_prepared_data_set_is_read_without_tensorflow(prepared):
     """Every pixel and label is read; tensorflow-datasets has shuffled the examples."""
     done = subprocess.run(
@@ -1035,6 +1036,7 @@ def measured(image: np.ndarray) -> tuple[float, ...]:
     return left, top, width, height
 
 
+@pytest.mark.slow
 def test_area_crops_are_of_the_published_areas_and_aspects(tmp_path):
     source = folders.Folder(write(tmp_path, a=[ramp(250, 170)]))
     batches = read(source, size=48, resize=0, batch=1, steps=range(1500))

@@ -1204,6 +1204,7 @@ def test_weights_that_lack_what_a_command_needs(data_dir, folder, tmp_path, caps
     assert (tmp_path / "b" / "activations.png").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("padding", ["none", "full"])
 def test_random_weights_fit_the_padding(padding):
     """A dense layer on a flattened map has another shape under these two."""
