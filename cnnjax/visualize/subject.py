@@ -55,7 +55,9 @@ def find_class(label: str, names: Sequence[str], count: int) -> int:
     if label.isdecimal() and int(label) < count:
         return int(label)
     accepted = f"expected a number from 0 to {count - 1}"
-    if 0 < len(names) <= _LISTED:
+    if not names:
+        accepted += ", since the classes' names are not known"
+    elif len(names) <= _LISTED:
         accepted += f", or one of {', '.join(names)}"
     near = difflib.get_close_matches(label, names, n=3)
     if near:
