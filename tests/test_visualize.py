@@ -1114,6 +1114,12 @@ def test_a_run_is_shown_as_predict_reads_and_judges_it(loss, run, folder, tmp_pa
         assert row["class"] == of_classes.argmax()
         np.testing.assert_allclose(row["probability"], of_classes.max(), rtol=1e-5)
 
+    labeled = subject.Subject(options._parse([*arguments, "--label", "cat"]))
+    _, numbers = commands.class_maps(labeled)
+    for row, of_classes in zip(numbers["photographs"], probabilities, strict=True):
+        assert row["class"] == 2
+        np.testing.assert_allclose(row["probability"], of_classes[2], rtol=1e-5)
+
 
 def test_published_weights_have_imagenets_classes(monkeypatch, tmp_path):
     monkeypatch.setattr(subject, "_variables", lambda *_: {})

@@ -204,13 +204,13 @@ def occluded(subject: Subject):
     """Shows the probability of the explained class while a gray square hides parts."""
     size = subject.options.size
     stride = subject.options.stride
-    images = subject.photographs()
-    figure, axes = grid(2, len(images), 2.8)
     # A value for each pixel, since the last squares are closer together than the others.
     to_rows, to_columns = (
         linear_interpolation(np.arange(side), corners(side, size, stride) + (size - 1) / 2)
-        for side in images.shape[1:3]
+        for side in subject.model.input_shape[:2]
     )
+    images = subject.photographs()
+    figure, axes = grid(2, len(images), 2.8)
     numbers = []
     with progress(len(images), "photographs hidden bit by bit") as advance:
         for column, image, path in zip(axes.T, images, subject.paths):

@@ -24,8 +24,8 @@ def occlusion(
 ) -> Float[np.ndarray, "rows columns {model.num_classes}"]:
     """Computes the logits for an image with a hidden square, for each of its places.
 
-    The square [i, j] has its upper left corner at row i and column j of `corners`: a multiple of
-    the stride, except that the last squares are flush with the border.
+    The square [i, j] has its upper left corner at row min(i * stride, height - size) and column
+    min(j * stride, width - size): the last squares are flush with the border.
 
     Args:
       model: the network.
@@ -45,13 +45,6 @@ def occlusion(
             f"an image of shape {image.shape} is not [height, width, channels], without the batch "
             "axis"
         )
-    shortest = min(image.shape[:2])
-    if not 1 <= size <= shortest:
-        raise ValueError(
-            f"size={size} of the square is not between 1 and {shortest}, the side of the image"
-        )
-    if stride < 1:
-        raise ValueError(f"stride={stride} is not a positive number of pixels")
     rows, columns = (corners(side, size, stride) for side in image.shape[:2])
     # (row, column) of each square's upper left corner: [squares, 2]
     places = np.stack(np.meshgrid(rows, columns, indexing="ij"), -1).reshape(-1, 2)
@@ -76,7 +69,15 @@ def corners(side: int, size: int, stride: int) -> Int[np.ndarray, " positions"]:
       side: of the image.
       size: of the square.
       stride: from one square to the next. The last step is shorter if it would leave the image.
+
+    Raises `ValueError` if the square does not fit into the image, or `stride` is not positive.
     """
+    if not 1 <= size <= side:
+        raise ValueError(
+            f"size={size} of the square is not between 1 and {side}, the side of the image"
+        )
+    if stride < 1:
+        raise ValueError(f"stride={stride} is not a positive number of pixels")
     steps = -(-(side - size) // stride)
     return np.minimum(np.arange(steps + 1) * stride, side - size)
 
