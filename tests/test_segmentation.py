@@ -230,6 +230,12 @@ def test_grids_of_the_scene_network():
     assert grids[-1][0][-1] <= 179 - 48 and len(grids[-1][0]) == 6
 
 
+def test_scores_of_stretched_maps_are_refused():
+    encoder = create_model("scene_net", padding="interpolate")
+    with pytest.raises(ValueError, match="stage='block2' is stretched by padding='interpolate'"):
+        fcn.grids(encoder, (*SIZE, 3), ("block2", "block3"))
+
+
 @pytest.mark.slow
 def test_scores_lie_where_the_image_is(small):
     """Without padding, inner scores move with an image moved by the stride."""

@@ -467,6 +467,41 @@ def test_borders_and_shuffled_channels_do_not_change_a_field():
         assert receptive_field(Shuffled(padding=fill), "shuffled") == field, fill
 
 
+@pytest.mark.parametrize("fill", ["symmetric", "replicate", "circular"])
+@pytest.mark.parametrize("size", [1, 2])
+def test_borders_as_large_as_the_map_do_not_move_a_field(fill, size):
+    """`jnp.pad` joins three equal parts, or wider borders and the map."""
+
+    class Small(Upsampled):
+        @nn.nowrap
+        def walk(self, x, train):
+            x = yield "conv", Conv(4, 2 * size + 1, padding=size, fill=self.padding, name="conv")(x)
+            amount = 2 * size if fill == "replicate" else size
+            x = yield "wide", Conv(4, 2 * amount + 1, padding=amount, fill=fill, name="wide")(x)
+            yield "logits", Dense(self.num_classes, name="fc")(global_avg_pool(x))
+
+    model = Small(padding=fill, input_shape=(size, size, 3))
+    (conv, _), (wide, _) = receptive_fields(model, ("conv", "wide"))
+    assert (conv.low, conv.high) == ((-size, -size), (size, size))
+    reach = size + (2 * size if fill == "replicate" else size)
+    assert (wide.low, wide.high) == ((-reach, -reach), (reach, reach))
+
+
+@pytest.mark.parametrize("size", [1, 8])
+def test_a_map_that_is_stretched_to_its_border_has_no_field(size):
+    class Stretched(Upsampled):
+        @nn.nowrap
+        def walk(self, x, train):
+            x = yield "bare", Conv(4, 1, 2, name="bare")(x)
+            x = yield "conv", Conv(4, 3, padding=1, fill=self.padding, name="conv")(x)
+            yield "logits", Dense(self.num_classes, name="fc")(global_avg_pool(x))
+
+    model = Stretched(padding="interpolate", input_shape=(size, size, 3))
+    assert receptive_field(model, "bare").step == (2, 2)
+    with pytest.raises(ValueError, match="stage='conv' is stretched by padding='interpolate'"):
+        receptive_field(model, "conv")
+
+
 def test_operations_without_outputs_or_axes_do_not_change_a_field():
     class Printed(Upsampled):
         @nn.nowrap
@@ -593,10 +628,15 @@ def test_the_three_formats_hold_the_same_table(capsys):
 @pytest.mark.slow
 @pytest.mark.parametrize("fill", FILLS)
 def test_every_fill_has_a_table(fill, capsys):
-    """Random padding needs no key; fills that read the whole map have zeros' sizes."""
+    """Random padding needs no key; fills that read the whole map have zeros' sizes.
+
+    Stretched maps have no receptive field.
+    """
     assert summary.main(["lenet", "--padding", fill, "--format", "json"]) == 0
     table = json.loads(capsys.readouterr().out)
     rows = {layer["name"]: layer for layer in table["layers"]}
     size = {"none": 26, "full": 30}.get(fill, 28)
     assert rows["conv1"]["output"] == [1, size, size, 50]
-    assert rows["conv2"]["receptive_field"] == [8, 8] and rows["conv2"]["stride"] == [2, 2]
+    stretched = fill == "interpolate"
+    assert rows["conv2"]["receptive_field"] == (None if stretched else [8, 8])
+    assert rows["conv2"]["stride"] == (None if stretched else [2, 2])

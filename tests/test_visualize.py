@@ -83,6 +83,19 @@ class Linear(Network):
         yield "logits", Dense(self.num_classes, use_bias=False, name="fc")(x.reshape(len(x), -1))
 
 
+class Vectors(Network):
+    """A convolution (stage `maps`) and a dense layer (stage `hidden`), whose output is no map."""
+
+    num_classes: int = 3
+    input_shape: tuple[int, int, int] = (8, 8, 3)
+
+    @nn.nowrap
+    def walk(self, x, train):
+        x = yield "maps", jnp.tanh(Conv(4, 3, padding=1, name="conv")(x))
+        x = yield "hidden", jnp.tanh(Dense(5, name="linear")(x.reshape(len(x), -1)))
+        yield "logits", Dense(self.num_classes, name="fc")(x)
+
+
 class Stack(Network):
     """A chain of 3x3 convolutions of one channel (stage `last`)."""
 
@@ -99,14 +112,14 @@ class Stack(Network):
 
 
 class Gated(Network):
-    """A convolution (stage `maps`) whose channels are weighted by means of the whole image."""
+    """A convolution (stage `conv`) whose channels are weighted by their means (stage `maps`)."""
 
     num_classes: int = 2
     input_shape: tuple[int, int, int] = (8, 12, 3)
 
     @nn.nowrap
     def walk(self, x, train):
-        x = Conv(4, 3, 2, padding=1, fill=self.padding, name="conv")(x)
+        x = yield "conv", Conv(4, 3, 2, padding=1, fill=self.padding, name="conv")(x)
         gates = nn.sigmoid(Dense(4, name="gates")(global_avg_pool(x)))
         x = yield "maps", x * gates[:, None, None]
         yield "logits", Dense(self.num_classes, name="fc")(global_avg_pool(x))
@@ -245,6 +258,29 @@ def test_rules_refuse_networks_that_also_call_the_relu_of_jax():
         visualize.saliency(model, variables, image, "both", 0, "guided")
 
 
+def test_the_gradient_of_a_class_score_is_the_weight_of_a_linear_network():
+    """Simonyan et al. 2013, section 3: the score of a linear network is its weights times x."""
+    model = Linear()
+    variables = quick.variables(model)
+    kernel = np.asarray(variables["params"]["fc"]["kernel"]).reshape(12, 15, 1, 2)
+    images = quick.normal(1, 2, *model.input_shape)
+    signals = visualize.saliency(model, variables, images, "logits", [1, 0], "gradient")
+    np.testing.assert_array_equal(signals, [kernel[..., 1], kernel[..., 0]])
+    with pytest.raises(ValueError, match=r"classes=\[2\] are not all between 0 and 1"):
+        visualize.saliency(model, variables, images, "logits", 2, "gradient")
+
+
+def test_rules_for_a_class_score_need_relus():
+    model = Chain()
+    image = jnp.array([[0.5, 0.25], [1.0, 0.0]])[None, :, :, None]
+    guided = visualize.saliency(model, CHAIN, image, "logits", 0, "guided")
+    signal = visualize.saliency(model, CHAIN, image, "logits", 0, "gradient")
+    # As in `test_rules_by_hand`: the logit is the largest output.
+    assert guided[0, 1, 0, 0] == 3 * 2 and signal[0, 1, 0, 0] == 3 * 2 - 4 * 1
+    with pytest.raises(ValueError, match="has none up to stage 'logits'"):
+        visualize.saliency(Linear(), {}, jnp.ones((1, 12, 15, 1)), "logits", 0, "guided")
+
+
 def test_grad_cam_is_class_activation_mapping_behind_global_average_pooling():
     """Behind global average pooling, Grad-CAM is CAM (Selvaraju et al. 2017, 3.1).
 
@@ -351,8 +387,9 @@ def test_occlusion_copies_variables_to_the_device_once(monkeypatch):
     monkeypatch.setattr(occluders, "_occluded_logits", logits)
     variables = {"params": {"fc": {"kernel": np.zeros((12 * 15, 2), np.float32)}}}
     visualize.occlusion(Linear(), variables, jnp.ones((12, 15, 1)), 4, 2)
-    assert len(given) == 2 and isinstance(given[0], jax.Array)
-    assert given[0] is given[1]
+    # Batches of 16 of 5 x 7 squares.
+    assert len(given) == 3 and isinstance(given[0], jax.Array)
+    assert all(leaf is given[0] for leaf in given)
 
 
 def test_occlusion_finds_the_region_that_a_linear_network_reads():
@@ -362,10 +399,12 @@ def test_occlusion_finds_the_region_that_a_linear_network_reads():
     variables = {"params": {"fc": {"kernel": jnp.asarray(kernel.reshape(-1, 2))}}}
     image = jax.random.uniform(jax.random.key(0), (12, 15, 1), minval=1.0, maxval=2.0)
     logits = visualize.occlusion(model, variables, image, 4, 2, -1.0)
-    assert logits.shape == (5, 6, 2) and not logits[..., 0].any()
-    for i, j in np.ndindex(5, 6):
+    # The last column's squares are flush with the border, one pixel after those before.
+    lefts = (0, 2, 4, 6, 8, 10, 11)
+    assert logits.shape == (5, 7, 2) and not logits[..., 0].any()
+    for i, j in np.ndindex(5, 7):
         hidden = np.array(image[:, :, 0])
-        hidden[2 * i : 2 * i + 4, 2 * j : 2 * j + 4] = -1
+        hidden[2 * i : 2 * i + 4, lefts[j] : lefts[j] + 4] = -1
         np.testing.assert_allclose(logits[i, j, 1], hidden[4:6, 9:11].sum(), rtol=1e-6)
     i, j = np.nonzero(logits[..., 1] == logits[..., 1].min())
     # Squares from rows 2 and 4, column 8, hide the whole region: the sum is four times -1.
@@ -637,6 +676,19 @@ def test_bad_arguments_are_named(call, message):
         call(model, quick.variables(model), jnp.ones((2, 32, 32, 3)))
 
 
+def test_a_stage_without_maps_is_named_and_left_out_of_all_stages(tmp_path):
+    model = Vectors()
+    assert visualize.stage_channels(model) == {"maps": 4}
+    message = r"stage='hidden' yields an array of shape \(1, 5\) for one image; expected .*: maps$"
+    with pytest.raises(ValueError, match=message):
+        visualize.peaks(model, {}, jnp.ones((1, 8, 8, 3)), "hidden")
+    arguments = ["maximise", "--model", f"{__name__}:Vectors", "--weights", "random"]
+    arguments += ["--workdir", str(tmp_path)]
+    assert subject.Subject(options._parse(arguments)).stages == ["maps"]
+    with pytest.raises(ValueError, match=message):
+        subject.Subject(options._parse([*arguments, "--stages", "hidden"]))
+
+
 @pytest.mark.parametrize(
     "call",
     [
@@ -677,6 +729,10 @@ def test_maps_lie_at_the_centers_of_fields_or_are_spread_evenly():
     # Of 8x12 pixels, each of 4x6 positions has 2x2.
     first, steps = stages.map_grid(Gated(), "maps")
     assert (*first, *steps) == (0.5, 0.5, 2, 2)
+    # A stretched map has neither.
+    message = "stage='maps' is stretched by padding='interpolate', and its field is not followed"
+    with pytest.raises(ValueError, match=message):
+        stages.map_grid(Pooled(padding="interpolate"), "maps")
 
 
 class Labels(Network):
@@ -728,6 +784,7 @@ COMMANDS = {
     "patches": ["--stage", "fire3", "--channels", "3", "4"],
     "occlusion": ["--images", "2", "--size", "96", "--stride", "64"],
     "grad-cam": ["--images", "2", "--stage", "fire9"],
+    "saliency": ["--images", "2", "--label", "287"],
     "field": ["--images", "2", "--stages", "fire3"],
     "equivariance": ["--images", "1", "--stages", "fire3"],
     "levels": ["--stages", "conv1", "fire3", "--channels", "3", "--steps", "2"],
@@ -808,6 +865,9 @@ def test_commands(command, data_dir, known, tmp_path, monkeypatch):
             [p["class"] for p in r["photographs"]] == [0, 798]
             and np.max(r["photographs"][0]["map"]) > 0
         ),
+        "saliency": lambda r: (
+            [(p["class"], p["probability"] < 0.5) for p in r["photographs"]] == [(287, True)] * 2
+        ),
         "field": lambda r: (
             r["stages"][0]["theoretical"] == [23, 23] and 5 < r["stages"][0]["effective"] < 23
         ),
@@ -834,39 +894,151 @@ def test_a_network_of_one_channel(folder, tmp_path):
     assert [unit["stage"] for unit in units] == ["conv2"]
 
 
-@pytest.mark.slow
-def test_a_stage_that_vanishes_without_padding_is_left_out_and_said_to_be(
-    folder, tmp_path, monkeypatch
-):
-    def error(model, *rest):
-        if model.padding == "none":
-            raise ValueError("the image is too small for this network")
+def compare_shifts(folder, monkeypatch, fails):
+    """Runs `equivariance` on LeNet, where a function of (padding, stage) says what fails."""
+
+    def error(model, variables, images, stage):
+        if fails(model.padding, stage):
+            raise ValueError(f"the image is too small under {model.padding!r}")
         return np.array([0.5, 0.25, 0.0])
 
     monkeypatch.setattr(commands, "equivariance_error", error)
-    visualize.main(
-        [
-            "equivariance",
-            "--model",
-            "lenet",
-            "--weights",
-            "random",
-            "--photographs",
-            str(folder),
-            "--workdir",
-            str(tmp_path),
-        ]
-    )
-    rows = json.loads((tmp_path / "results.json").read_text())["errors"]
-    assert {(row["stage"], row["padding"]) for row in rows} == {
+    arguments = ["equivariance", "--model", "lenet", "--weights", "random"]
+    arguments += ["--photographs", str(folder), "--images", "1", "--workdir", "unused"]
+    return commands.equivariance(subject.Subject(options._parse(arguments)))
+
+
+def test_curves_of_any_stage_are_named_and_what_is_left_out_is_said(folder, monkeypatch, caplog):
+    fails = {("none", "conv1"), ("none", "conv2"), ("full", "conv2")}
+    figure, results = compare_shifts(folder, monkeypatch, lambda *where: where in fails)
+    assert [axis.get_title() for axis in figure.axes] == ["conv1", "conv2"]
+    (legend,) = figure.legends
+    assert {text.get_text() for text in legend.get_texts()} == {*FILLS} - {"none"}
+    rows = results["errors"]
+    assert [(row["stage"], row["padding"]) for row in rows] == [
         (stage, fill) for stage in ("conv1", "conv2") for fill in FILLS
-    }
-    assert all(
-        row["error"] is None and "too small" in row["reason"]
-        for row in rows
-        if row["padding"] == "none"
+    ]
+    for row in rows:
+        if (row["padding"], row["stage"]) in fails:
+            assert row["error"] is None and "too small under" in row["reason"]
+        else:
+            assert [*row["error"]] == [0.5, 0.25, 0]
+    assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [
+        "stage='conv1': left out none (the image is too small under 'none')",
+        "stage='conv2': left out none, full (the image is too small under 'none')",
+    ]
+
+
+def test_a_stage_without_any_curve_has_no_panel(folder, monkeypatch):
+    figure, results = compare_shifts(folder, monkeypatch, lambda fill, stage: stage == "conv2")
+    assert [axis.get_title() for axis in figure.axes] == ["conv1"]
+    assert len(results["errors"]) == 2 * len(FILLS)
+    message = "^no stage can be compared under any padding: the image is too small under 'zeros'"
+    with pytest.raises(ValueError, match=message):
+        compare_shifts(folder, monkeypatch, lambda fill, stage: True)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["maximise"],
+        ["patches", "--stage", "maps"],
+        ["levels"],
+        ["field"],
+        ["equivariance"],
+    ],
+)
+def test_a_stage_without_a_known_field_is_refused_before_anything_is_computed(
+    command, folder, tmp_path, monkeypatch, capsys
+):
+    def fail(*arguments, **options):
+        raise AssertionError("too late")
+
+    monkeypatch.setattr(subject.Subject, "read", fail)
+    monkeypatch.setattr(commands, "maximize", fail)
+    arguments = [*command, "--model", f"{__name__}:Gated", "--weights", "random"]
+    if command != ["maximise"]:
+        arguments += ["--photographs", str(folder)]
+    code, error = refused([*arguments, "--workdir", str(tmp_path)], capsys)
+    assert code == 2 and error.startswith("error: stage='maps' sees the whole image"), error
+
+
+def test_rows_whose_rule_is_about_relus_are_left_out_without_them(folder, monkeypatch, caplog):
+    arguments = ["--model", f"{__name__}:Vectors", "--weights", "random", "--photographs"]
+    arguments += [str(folder), "--images", "1", "--channels", "0", "--workdir", "unused"]
+    line = (
+        "left out: {}, since rule='{}' is about cnnjax.nn.relu, and this network has none up to "
+        "stage 'maps'"
     )
-    assert all(row["error"] == [0.5, 0.25, 0] for row in rows if row["padding"] != "none")
+    patches = subject.Subject(options._parse(["patches", "--stage", "maps", *arguments]))
+    figure, _ = commands.top_patches(patches)
+    assert [axis.get_ylabel() for axis in figure.axes] == ["photographs"]
+    assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [
+        line.format("deconvnet, guided", "deconvnet")
+    ]
+    caplog.clear()
+    monkeypatch.setattr(
+        commands, "maximize", lambda *a, channels, **k: (np.ones((1, 3, 3, 3)), np.ones((2, 1)))
+    )
+    figure, _ = commands.levels(subject.Subject(options._parse(["levels", *arguments])))
+    assert [axis.get_ylabel() for axis in figure.axes] == ["maximized", "best patch"]
+    assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [
+        line.format("guided", "guided")
+    ]
+
+
+def test_maps_are_drawn_from_minimum_to_maximum_and_silent_means_zero(folder, monkeypatch):
+    """The channels are negative, of both signs, 0, and constant."""
+    ramp = np.arange(9, dtype=np.float32).reshape(3, 3)
+    channels = np.stack([ramp - 10, ramp - 4, 0 * ramp, 0 * ramp - 1], -1)
+    drawn = []
+    monkeypatch.setattr(commands, "activations", lambda *arguments: channels[None])
+    monkeypatch.setattr(commands, "mosaic", lambda images: drawn.append(images) or images[0])
+    arguments = ["activations", "--model", f"{__name__}:Vectors", "--weights", "random"]
+    arguments += ["--photographs", str(folder), "--images", "1", "--workdir", "unused"]
+    _, results = commands.maps(subject.Subject(options._parse(arguments)))
+    (row,) = results["maps"]
+    assert row["silent_channels"] == 1
+    np.testing.assert_array_equal(row["max"], [-2, 4, 0, -1])
+    expected = [ramp / 8, ramp / 8, 0 * ramp, 0 * ramp]
+    np.testing.assert_allclose(drawn[0], expected)
+
+
+@pytest.mark.parametrize(
+    "label, names, expected",
+    [
+        ("bee", ["ant", "bee", "cat"], 1),
+        ("2", ["ant", "bee", "cat"], 2),
+        ("2", [], 2),
+        # A class that is named by a number.
+        ("2", ["0", "2", "1"], 1),
+        ("crane", ["crane", "heron", "crane"], "is the name of classes 0, 2; give a number"),
+        (
+            "be",
+            ["ant", "bee", "cat"],
+            "label='be' is neither the name nor the number of a class; expected a number from 0 to "
+            "2, or one of ant, bee, cat; did you mean bee",
+        ),
+        ("3", [], "label='3' is neither .*; expected a number from 0 to 2, since"),
+        ("-1", [], "label='-1' is neither"),
+    ],
+)
+def test_a_class_is_given_by_its_name_or_its_number(label, names, expected):
+    if isinstance(expected, int):
+        assert subject.find_class(label, names, 3) == expected
+        return
+    with pytest.raises(ValueError, match=expected):
+        subject.find_class(label, names, 3)
+
+
+@pytest.mark.parametrize("command", ["occlusion", "saliency"])
+def test_a_network_without_stages_explains_a_class(command, folder, tmp_path):
+    arguments = [command, "--model", f"{__name__}:Linear", "--weights", "random", "--images", "2"]
+    arguments += ["--photographs", str(folder), "--label", "1", "--workdir", str(tmp_path)]
+    assert visualize.main(arguments) == 0
+    rows = json.loads((tmp_path / "results.json").read_text())["photographs"]
+    assert [row["class"] for row in rows] == [1, 1]
+    assert json.loads((tmp_path / "config.json").read_text())["label"] == "1"
 
 
 @pytest.fixture(scope="module")
@@ -942,6 +1114,12 @@ def test_a_run_is_shown_as_predict_reads_and_judges_it(loss, run, folder, tmp_pa
         assert row["class"] == of_classes.argmax()
         np.testing.assert_allclose(row["probability"], of_classes.max(), rtol=1e-5)
 
+    labeled = subject.Subject(options._parse([*arguments, "--label", "cat"]))
+    _, numbers = commands.class_maps(labeled)
+    for row, of_classes in zip(numbers["photographs"], probabilities, strict=True):
+        assert row["class"] == 2
+        np.testing.assert_allclose(row["probability"], of_classes[2], rtol=1e-5)
+
 
 def test_published_weights_have_imagenets_classes(monkeypatch, tmp_path):
     monkeypatch.setattr(subject, "_variables", lambda *_: {})
@@ -974,9 +1152,9 @@ def test_the_square_is_in_proportion_to_the_image(side, given, expected):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fill", ["none", "full", "random", "interpolate"])
+@pytest.mark.parametrize("fill", ["none", "full", "random"])
 def test_fills_are_visualized(fill, run, folder, tmp_path):
-    """These change the size of maps, draw numbers, or stretch the map.
+    """These change the size of maps, or draw numbers.
 
     `equivariance_error` is tested under all fills above.
     """
@@ -1032,6 +1210,12 @@ GOOD = {"--model": "lenet", "--weights": "random", "--workdir": "WORK"}
         ),
         ("activations", {"--weights": None}, "the following arguments are required: --weights"),
         ("activations", {"--model": "mlp1"}, "model='mlp1' has no stages"),
+        ("occlusion", {"--label": "ten"}, "label='ten' is neither the name nor the number of a"),
+        (
+            "field",
+            {"--padding": "interpolate"},
+            "stage='conv1' is stretched by padding='interpolate'",
+        ),
         ("activations", {"--workdir": "FILE/run"}, "cannot be written to: Not a directory"),
         ("patches", {}, "the following arguments are required: --stage"),
         (

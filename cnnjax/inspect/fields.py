@@ -62,6 +62,7 @@ class Unlocated:
 WHOLE_IMAGE = Unlocated("sees the whole image, as after GroupNorm or squeeze-and-excitation")
 UPSAMPLED = Unlocated("is upsampled by a transposed convolution, whose field is not followed")
 REARRANGED = Unlocated("is resized or rearranged, and its field is not followed")
+STRETCHED = Unlocated("is stretched by padding='interpolate', and its field is not followed")
 IN_LOOP = Unlocated("is computed in a loop or a branch of jax, whose field is not followed")
 
 
@@ -157,7 +158,8 @@ def _rearranges(equation, fields: list[Field | Unlocated | None]) -> bool:
     if name == "gather" and isinstance(fields[0], Field):
         # Channels may be chosen by their numbers, but not rows or columns.
         shape = equation.invars[0].aval.shape
-        return equation.params["slice_sizes"][1:3] != shape[1:3]
+        if equation.params["slice_sizes"][1:3] != shape[1:3]:
+            return True
     size = equation.outvars[0].aval.shape[1:3]
     return any(
         isinstance(field, Field) and operand.aval.shape[1:3] != size
@@ -207,13 +209,15 @@ def _seen_by_concatenation(
         return union(fields)
     sizes = [variable.aval.shape[axis] for variable in equation.invars]
 
-    # The map is larger than its border; of parts of one size, the one with a known field is the
-    # map.
+    # The map has a known field and is at least as large as other parts that have one.
     def rank(number):
-        return sizes[number], isinstance(fields[number], Field)
+        return isinstance(fields[number], Field), sizes[number]
 
     seeing = [number for number, field in enumerate(fields) if field is not None]
-    inner = max(seeing, key=rank)
+    largest = max(map(rank, seeing))
+    equal = [number for number in seeing if rank(number) == largest]
+    # A border that repeats the whole map stands before and after it.
+    inner = equal[len(equal) // 2]
     field = fields[inner]
     if not isinstance(field, Field):
         return field
@@ -247,7 +251,8 @@ def receptive_fields(
 ) -> tuple[tuple[Field | Unlocated, tuple[int, ...]], ...]:
     """Finds the largest part of the image that a position of each stage sees.
 
-    Under a fill that reads the whole map, this is what the position sees besides the border.
+    Under 'mean' and 'random', this is what the position sees besides the border. Under
+    'interpolate', maps are stretched, and nothing behind a border is located.
 
     Args:
       model: a `cnnjax.models.Network`.
@@ -279,6 +284,8 @@ def _receptive_fields(model, stages, shape):
     # The last input is the image; the others, the network's variables, see nothing of it.
     constants = [None] * (len(program.invars) - 1)
     fields = follow(program, [*constants, Field()], seen)
+    if getattr(model, "padding", None) == "interpolate":
+        fields = [STRETCHED if field == REARRANGED else field for field in fields]
     shapes = [output.aval.shape for output in program.outvars]
     return tuple(zip(fields, shapes))
 

@@ -14,14 +14,15 @@ from cnnjax.nn import lowering
 LOOPS = ("scan", "while", "cond")
 # Operations whose program combines two values.
 _REDUCTIONS = ("reduce", "reduce_window")
-# Fills that depend on the whole map. Each has the grid of "zeros".
-_WHOLE_MAP_FILLS = ("mean", "random", "interpolate")
+# Fills whose border depends on the whole map. Each has the grid of "zeros"; "interpolate", which
+# stretches maps, has not.
+_WHOLE_MAP_FILLS = ("mean", "random")
 
 Report = Callable[[str, nn.Module, Any], None]
 
 
 def with_local_fill(model: nn.Module) -> nn.Module:
-    """Returns the network, padded with zeros if its own fill reads the whole map.
+    """Returns the network, padded with zeros if its own border depends on the whole map.
 
     A module without a field `padding`, such as a single block, is returned unchanged.
     """

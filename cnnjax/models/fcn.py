@@ -77,7 +77,8 @@ def grids(
     placed where they belong.
 
     Returns for each stage the rows and the columns, in pixels, of its fields' centers.
-    Raises `ValueError` if a stage's positions cannot be located in the image, as after GroupNorm.
+    Raises `ValueError` if a stage's positions cannot be located in the image, as after GroupNorm
+    and under padding='interpolate'.
     """
     places = []
     for stage, (field, output) in zip(stages, receptive_fields(encoder, stages, shape)):
@@ -113,7 +114,7 @@ class FCN(Network):
     The output is [batch, height, width, num_classes]. The stages are those of the encoder, whose
     parameters keep their names. If padding leaves a map smaller than the image ('none'), the map
     lies where its fields' centers are, and pixels beyond it take the scores of the nearest
-    position.
+    position. padding='interpolate', which stretches maps, is refused.
 
     Attributes:
       encoder: name of the network. Its `walk` runs outside `apply`: it may use the network's fields

@@ -36,9 +36,10 @@ _COMMANDS = {
         ("stage", "channels"),
     ),
     "occlusion": _Command(
-        "the predicted class's probability while a gray square hides parts", 4, ("square",)
+        "the predicted class's probability while a gray square hides parts", 4, ("label", "square")
     ),
-    "grad-cam": _Command("image regions that support the predicted class", 6, ("stage",)),
+    "grad-cam": _Command("image regions that support the predicted class", 6, ("stage", "label")),
+    "saliency": _Command("the gradient of the predicted class's score by pixel", 6, ("label",)),
     "field": _Command("effective receptive fields against theoretical ones", 32, ("stages",)),
     "equivariance": _Command(
         "the error of shifted features by distance to the border, for every padding",
@@ -70,7 +71,7 @@ def _parse(arguments):
     for name, entry in _COMMANDS.items():
         description = f"Shows {entry.description}."
         parser = commands.add_parser(name, description=description)
-        parser.set_defaults(stages=None, channels=None, images=None)
+        parser.set_defaults(stages=None, channels=None, images=None, label=None)
         _add_subject(parser)
         if entry.images is not None:
             _add_photographs(parser, entry.images)
@@ -157,7 +158,7 @@ def _add_stages(parser):
         nargs="+",
         action="extend",
         metavar="STAGE",
-        help="stages to look at (default: all; for levels, three evenly spread)",
+        help="stages to look at (default: all that yield maps; for levels, three evenly spread)",
     )
 
 
@@ -180,6 +181,14 @@ def _add_channels(parser):
         type=command.whole_number(0),
         metavar="N",
         help="channels of the stages (default: some evenly spread)",
+    )
+
+
+def _add_label(parser):
+    parser.add_argument(
+        "--label",
+        metavar="CLASS",
+        help="the class to explain, by its name or its number (default: the predicted one)",
     )
 
 
@@ -213,8 +222,8 @@ def _add_square(parser):
         "--stride",
         type=command.whole_number(1),
         metavar="PIXELS",
-        help="step between positions of the square (default: 16 for images of 224 pixels, others "
-        "in proportion)",
+        help="step between positions of the square, the last of which is flush with the border "
+        "(default: 16 for images of 224 pixels, others in proportion)",
     )
 
 
@@ -222,6 +231,7 @@ _GROUPS = {
     "stages": _add_stages,
     "stage": _add_stage,
     "channels": _add_channels,
+    "label": _add_label,
     "ascent": _add_ascent,
     "square": _add_square,
 }
@@ -300,8 +310,9 @@ def _record(options):
     """
     unrecorded = ("debug", "workdir")
     config = {key: value for key, value in vars(options).items() if key not in unrecorded}
-    if options.sampling is None:
-        del config["sampling"]
+    for name in ("label", "sampling"):
+        if config[name] is None:
+            del config[name]
     if options.run is None:
         del config["run"]
         config["padding"] = options.padding or "zeros"

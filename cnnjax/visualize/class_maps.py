@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 from cnnjax.models import Network
 from cnnjax.nn.geometry import widen
 from cnnjax.runtime.types import AnyArray
-from cnnjax.visualize.stages import check_stage, class_logits, stage_maps
+from cnnjax.visualize.stages import check_classes, check_stage, class_logits, stage_maps
 
 
 def grad_cam(
@@ -37,12 +37,8 @@ def grad_cam(
     Source: Selvaraju et al. 2017 (arXiv 1610.02391), equations 1 and 2.
     """
     check_stage(model, stage)
+    check_classes(model, classes)
     chosen = jnp.broadcast_to(jnp.asarray(classes), len(images))
-    if not 0 <= chosen.min() <= chosen.max() < model.num_classes:
-        raise ValueError(
-            f"classes={chosen.tolist()} are not all between 0 and {model.num_classes - 1}, "
-            "the network's classes"
-        )
     return _grad_cam(model, variables, images, stage, chosen)
 
 

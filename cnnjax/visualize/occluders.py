@@ -5,7 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from cnnjax.models import Network
 from cnnjax.runtime.types import AnyArray
@@ -24,7 +24,8 @@ def occlusion(
 ) -> Float[np.ndarray, "rows columns {model.num_classes}"]:
     """Computes the logits for an image with a hidden square, for each of its places.
 
-    The square [i, j] has its upper left corner at (i * stride, j * stride).
+    The square [i, j] has its upper left corner at row min(i * stride, height - size) and column
+    min(j * stride, width - size): the last squares are flush with the border.
 
     Args:
       model: the network.
@@ -44,20 +45,13 @@ def occlusion(
             f"an image of shape {image.shape} is not [height, width, channels], without the batch "
             "axis"
         )
-    shortest = min(image.shape[:2])
-    if not 1 <= size <= shortest:
-        raise ValueError(
-            f"size={size} of the square is not between 1 and {shortest}, the side of the image"
-        )
-    if stride < 1:
-        raise ValueError(f"stride={stride} is not a positive number of pixels")
-    rows, columns = ((side - size) // stride + 1 for side in image.shape[:2])
+    rows, columns = (corners(side, size, stride) for side in image.shape[:2])
     # (row, column) of each square's upper left corner: [squares, 2]
-    corners = np.stack(np.divmod(np.arange(rows * columns), columns), -1) * stride
+    places = np.stack(np.meshgrid(rows, columns, indexing="ij"), -1).reshape(-1, 2)
     # [batches, _BATCH, 2]. The last batch is filled up, so that all are of one shape and compiled
     # once.
-    batches = -(-len(corners) // _BATCH)
-    filled = np.resize(corners, (batches * _BATCH, 2)).reshape(batches, _BATCH, 2)
+    batches = -(-len(places) // _BATCH)
+    filled = np.resize(places, (batches * _BATCH, 2)).reshape(batches, _BATCH, 2)
     fill = jnp.asarray(value, image.dtype)
     # Otherwise, every batch would copy them to the device.
     variables = jax.device_put(variables)
@@ -65,7 +59,27 @@ def occlusion(
         _occluded_logits(model, variables, image, corners=batch, value=fill, size=size)
         for batch in filled
     ]
-    return np.concatenate(logits)[: len(corners)].reshape(rows, columns, -1)
+    return np.concatenate(logits)[: len(places)].reshape(len(rows), len(columns), -1)
+
+
+def corners(side: int, size: int, stride: int) -> Int[np.ndarray, " positions"]:
+    """Returns where squares begin along one side of an image, in pixels.
+
+    Args:
+      side: of the image.
+      size: of the square.
+      stride: from one square to the next. The last step is shorter if it would leave the image.
+
+    Raises `ValueError` if the square does not fit into the image, or `stride` is not positive.
+    """
+    if not 1 <= size <= side:
+        raise ValueError(
+            f"size={size} of the square is not between 1 and {side}, the side of the image"
+        )
+    if stride < 1:
+        raise ValueError(f"stride={stride} is not a positive number of pixels")
+    steps = -(-(side - size) // stride)
+    return np.minimum(np.arange(steps + 1) * stride, side - size)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "size"))

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Float32, Int, Shaped
 
 from cnnjax import inspect, weights
 from cnnjax.data import augment
+from cnnjax.inspect.fields import STRETCHED
 from cnnjax.inspect.trace import apply
 from cnnjax.models import Network
 from cnnjax.nn.parameters import eval_shape
@@ -21,9 +22,14 @@ from cnnjax.runtime.types import AnyArray
 Moments = tuple[Float[AnyArray, " colors"], Float[AnyArray, " colors"]]
 
 
-@functools.cache
 def stage_channels(model: Network) -> dict[str, int]:
-    """Counts the channels of each stage, in order, without computing them."""
+    """Counts the channels of each stage that yields maps, in order, without computing them."""
+    return {name: shape[3] for name, shape in _stage_shapes(model).items() if len(shape) == 4}
+
+
+@functools.cache
+def _stage_shapes(model):
+    """Returns the shapes of all stages, by name and in order."""
     # The fill changes neither names nor channels, and this one needs no large image.
     model = model.clone(padding="zeros")
     image = jax.ShapeDtypeStruct((1, *model.input_shape), jnp.float32)
@@ -32,12 +38,18 @@ def stage_channels(model: Network) -> dict[str, int]:
         weights.variable_shapes(model),
         image,
     )
-    return {name: shape.shape[-1] for name, shape in shapes.items()}
+    return {name: shape.shape for name, shape in shapes.items()}
 
 
 def check_stage(model: Network, stage: str, channels=()) -> None:
-    """Raises `ValueError` if the stage or a channel is unknown."""
+    """Raises `ValueError` if the stage or a channel is unknown, or the stage yields no maps."""
     known = stage_channels(model)
+    shapes = _stage_shapes(model)
+    if stage in shapes and stage not in known:
+        raise ValueError(
+            f"stage={stage!r} yields an array of shape {shapes[stage]} for one image; expected a "
+            f"stage of maps [batch, height, width, channels]: {', '.join(known) or 'none'}"
+        )
     if stage not in known:
         raise ValueError(
             f"stage={stage!r} is not a stage of this network; "
@@ -49,6 +61,16 @@ def check_stage(model: Network, stage: str, channels=()) -> None:
                 f"channel={channel} is not between 0 and {known[stage] - 1}, "
                 f"the channels of stage {stage}"
             )
+
+
+def check_classes(model: Network, classes) -> None:
+    """Raises `ValueError` if a class is unknown."""
+    chosen = np.ravel(classes)
+    if not ((0 <= chosen) & (chosen < model.num_classes)).all():
+        raise ValueError(
+            f"classes={chosen.tolist()} are not all between 0 and {model.num_classes - 1}, "
+            "the network's classes"
+        )
 
 
 def receptive_field(model: Network, stage: str) -> inspect.Field:
@@ -64,14 +86,16 @@ def map_grid(model: Network, stage: str) -> tuple[Sequence[float], Sequence[floa
     """Finds where the positions of a stage's map lie in an image of the network's size.
 
     They are the centers of receptive fields. Positions that see the whole image are spread evenly
-    over it.
+    over it, and so are those whose place is unknown.
 
     Returns the row and column of the first position, and the steps down and to the right, in
-    pixels. Raises `ValueError` if there is no such stage.
+    pixels. Raises `ValueError` if there is no such stage, or if padding='interpolate' stretches its
+    map.
     """
     check_stage(model, stage)
     ((field, map_shape),) = inspect.receptive_fields(model, (stage,))
-    if isinstance(field, inspect.Field):
+    if isinstance(field, inspect.Field) or field == STRETCHED:
+        field = inspect.located(field, stage)
         first = [(low + high) / 2 for low, high in zip(field.low, field.high)]
         return first, field.step
     steps = [side / count for side, count in zip(model.input_shape[:2], map_shape[1:3])]

@@ -1,6 +1,7 @@
 """The subject of a command: a network, its variables and stages, and photographs."""
 
 import argparse
+import difflib
 import functools
 import pathlib
 from collections.abc import Iterator, Sequence
@@ -8,7 +9,7 @@ from collections.abc import Iterator, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Float, Int, UInt8
 
 from cnnjax import weights
 from cnnjax.data import photographs
@@ -20,12 +21,48 @@ from cnnjax.train.run import TrainedRun, open_run
 from cnnjax.visualize.stages import check_stage, network_input, stage_channels
 
 _BATCH = 16
+# The most classes that an error lists by name.
+_LISTED = 20
+# Commands that look at no maps.
+_WITHOUT_STAGES = ("filters", "occlusion", "saliency")
 
 
 def spread(items: Sequence, count: int) -> list:
     """Picks `count` of the items, evenly spread, or all if there are fewer."""
     places = np.linspace(0, len(items) - 1, min(count, len(items)))
     return [items[place] for place in np.unique(places.round().astype(int))]
+
+
+def find_class(label: str, names: Sequence[str], count: int) -> int:
+    """Returns the number of a class that is given by its name or its number.
+
+    A name comes before a number, since classes may be named by numbers.
+
+    Args:
+      label: the name or the number.
+      names: the classes' names; empty if they are not known.
+      count: the number of classes.
+
+    Raises `ValueError` if there is no such class, or several have the name.
+    """
+    named = [number for number, name in enumerate(names) if name == label]
+    if len(named) == 1:
+        return named[0]
+    if named:
+        raise ValueError(
+            f"label={label!r} is the name of classes {', '.join(map(str, named))}; give a number"
+        )
+    if label.isdecimal() and int(label) < count:
+        return int(label)
+    accepted = f"expected a number from 0 to {count - 1}"
+    if not names:
+        accepted += ", since the classes' names are not known"
+    elif len(names) <= _LISTED:
+        accepted += f", or one of {', '.join(names)}"
+    near = difflib.get_close_matches(label, names, n=3)
+    if near:
+        accepted += f"; did you mean {' or '.join(near)}?"
+    raise ValueError(f"label={label!r} is neither the name nor the number of a class; {accepted}")
 
 
 class Subject:
@@ -46,10 +83,13 @@ class Subject:
         # Filters and maximized images are shown like photographs, in gray or in color.
         photographs.check_channels(self.model.input_shape[2], f"{self.name} takes images")
         self.stages = options.stages or list(stage_channels(self.model))
-        if not self.stages and options.command != "filters":
+        if not self.stages and options.command not in _WITHOUT_STAGES:
             raise ValueError(f"model={self.name!r} has no stages, and so no maps to look at")
         for stage in self.stages:
             check_stage(self.model, stage, options.channels or ())
+        self.label = None
+        if options.label is not None:
+            self.label = find_class(options.label, self.classes, self.model.num_classes)
         if options.images is not None:
             found = photographs.list_photographs(options.photographs)
             self.paths = spread(found, options.images or len(found))
@@ -79,6 +119,12 @@ class Subject:
         """Returns a photograph's path below its folder, by which the results name it."""
         folder = self.options.photographs
         return path.relative_to(folder).as_posix() if folder else path.name
+
+    def explained(self, probabilities: Float[np.ndarray, "n classes"]) -> Int[np.ndarray, " n"]:
+        """Returns the class to explain for each image: `--label`, or the predicted class."""
+        if self.label is None:
+            return probabilities.argmax(1)
+        return np.full(len(probabilities), self.label)
 
     def class_name(self, label: int) -> str:
         """Returns a class's name for a figure, or its number if it is not known."""
