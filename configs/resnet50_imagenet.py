@@ -9,7 +9,9 @@ tensorflow-datasets instead, use --config.dataset=tfds:imagenet2012. Training us
 area and aspect, and mirror images; the test uses the center 224 of 256 pixels. Computation is in
 bfloat16 with float32 parameters.
 
-torchvision's weights from this recipe have a top-1 error of 23.87 %. Not measured here, because
+torchvision's weights from this recipe have a top-1 error of 23.87 %. They were trained on eight
+GPUs, each of which normalized its own 32 images; here BatchNorm normalizes over the whole batch
+(`--config.sync_batch_norm=False` on eight GPUs is torchvision's way). Not measured here, because
 this takes GPUs and ImageNet.
 """
 

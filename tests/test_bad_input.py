@@ -311,6 +311,10 @@ CASES = [
         (*TRAIN, "--config.accumulate=3"),
         "batch_size=128 is not a multiple of 1 device(s) times accumulate=3",
     ),
+    (
+        (*TRAIN, "--config.mixup=0.2", "--config.batch_size=4", "--config.accumulate=4"),
+        "mixup=0.2 has no two images to mix: batch_size=4 is one image for each of",
+    ),
     ((*TRAIN, "--config.seed=-1"), "seed=-1 is not a number of at least 0"),
     ((*TRAIN, "--config.mixup=-0.1"), "mixup=-0.1 is not a number of at least 0"),
     ((*TRAIN, "--config.mixup=nan"), "mixup=nan is not a number of at least 0"),

@@ -690,6 +690,16 @@ def test_a_class_keeps_its_last_image(count, most):
     assert ((shares >= most - 1) | (shares == np.array([0, 1, 3, 5]))).all()
 
 
+def test_a_class_that_loses_most_of_its_images_is_named(caplog):
+    labels = np.repeat([0, 1], [20, 100])
+    splits.hold_out(labels, 20)
+    assert not caplog.records
+    splits.hold_out(labels, 40)
+    assert "more than half of the training images of 1 of 2 classes, such as 19 of 20" in (
+        caplog.text
+    )
+
+
 @pytest.mark.parametrize(
     "loss, labels", [("sigmoid", [[0, 1], [1, 1]]), ("pixelwise", [[[0], [255]], [[1], [0]]])]
 )

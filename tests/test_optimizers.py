@@ -102,6 +102,14 @@ def test_an_unknown_optimizer_is_named():
         optimizer("sdg", 0.1)
 
 
+def test_a_warmup_that_leaves_no_step_is_named(caplog):
+    cosine = {"name": "cosine", "learning_rate": 1.0}
+    learning_rates(cosine | {"warmup_epochs": 2}, 10, 3)
+    assert not caplog.records
+    learning_rates(cosine | {"warmup_epochs": 3}, 10, 3)
+    assert "schedule.warmup_epochs=3 covers all epochs=3" in caplog.text
+
+
 def test_schedules():
     # The lectures' schedules: 0.25 divided by 1.5 every 5 epochs; 0.25 halved at epochs 10, 14, 18.
     rates = learning_rates(

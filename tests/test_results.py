@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from cnnjax.data.splits import IGNORED
-from cnnjax.train import results
+from cnnjax.train import evaluate, report, results
 from cnnjax.train.training import Scored
 
 
@@ -76,3 +76,26 @@ def test_outputs_of_several_classes_per_image_are_written(tmp_path):
     test = written(tmp_path, "sigmoid", outputs, np.array([[1, 0], [1, 1]]))
     assert sorted(test) == ["labels", "outputs"]
     np.testing.assert_array_equal(test["outputs"], outputs)
+
+
+def test_a_class_that_is_never_recognized_is_seen():
+    outputs = np.eye(3, dtype=np.float32)[[0, 0, 0, 0]]
+    recall = evaluate.by_class("cross_entropy", outputs, np.array([0, 0, 0, 1]))
+    assert recall == [1.0, 0.0, None]
+    config = {"loss": "cross_entropy"}
+    text = report._class_table(config, {"classes": ["cat", "dog", "cow"], "by_class": recall})
+    assert "recall of each class" in text and "| 100.00 | 0.00 |  |" in text
+    # Of many classes, the ten worst.
+    scores = np.arange(30, 0, -1) / 100
+    many = {"classes": [f"class {n}" for n in range(30)], "by_class": [*scores[:-1], None]}
+    text = report._class_table(config, many)
+    assert "recall of the 10 worst classes" in text
+    assert "| class 28 | class 27 |" in text and "class 18" not in text and "class 29" not in text
+
+
+@pytest.mark.parametrize("change", [{}, {"label_smoothing": 0.1}, {"mixup": 0.2}])
+def test_a_training_loss_of_other_labels_is_named(change):
+    config = {"dataset": "digits", "label_smoothing": 0.0, "mixup": 0.0} | change
+    text = report._describe_training_loss(config)
+    assert bool(text) == bool(change)
+    assert "curve" not in report._describe_training_loss(config | {"dataset": "folder"})

@@ -219,6 +219,24 @@ def test_dropout_and_mixup_differ_by_device_and_part(kind, way, accumulate):
     assert losses[1] != pytest.approx(losses[0], rel=1e-4)
 
 
+def test_mixup_counts_errors_in_the_shares_of_the_two_labels():
+    """Errors of an image with two labels are no whole numbers."""
+    recipe = step.Recipe(Linear(num_classes=5), mixup=True)
+    numbers = step.Numbers(0, mixup=2.0)
+    state = step.init(recipe, (8, 8, 3), numbers)
+    errors = []
+    for first, second in ((0, 0), (1, 1), (0, 1), (1, 0)):
+        labels = np.repeat([first, second], 8).astype(np.int32)
+        batch = dataclasses.replace(some_batch(), labels=labels)
+        errors.append(float(take_step(recipe, state, batch, numbers).totals["errors"]))
+    same, opposite = sum(errors[:2]), sum(errors[2:])
+    # Whole numbers where both labels of a mixed image are equal. The two orders of two labels add
+    # up to the same, since each order's shares are the other's.
+    assert errors[0] == round(errors[0]) and errors[1] == round(errors[1])
+    assert opposite == pytest.approx(same, rel=1e-5)
+    assert abs(errors[2] - round(errors[2])) > 1e-3
+
+
 # ------------------------------------------------------------------ averages
 
 

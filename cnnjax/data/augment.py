@@ -59,7 +59,7 @@ def _check_fill(fill):
 def _cutout(key, image, size):
     """Blackens a square whose center is anywhere in the image.
 
-    Source: DeVries and Taylor 2017.
+    Source: DeVries and Taylor 2017, who fill with the mean: they cut after normalization.
     """
     center = jax.random.randint(key, (2,), 0, jnp.asarray(image.shape[:2]))
 

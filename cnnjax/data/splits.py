@@ -4,12 +4,14 @@ The rules are the same for data sets in memory and for streamed ones.
 """
 
 import collections
+import logging
 import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
+_LOG = logging.getLogger("cnnjax")
 # The label of pixels that losses and scores ignore.
 IGNORED = 255
 # The number of classes that a message names.
@@ -115,8 +117,8 @@ def check_labels(labels: np.ndarray, count: int, source: str, loss: str = "cross
 def hold_out(labels: np.ndarray, count: int) -> np.ndarray:
     """Chooses images to hold out for validation, balanced over the classes.
 
-    All classes give equally many, or all but one image if they have fewer. The choice is always the
-    same, so that runs can be compared.
+    All classes give equally many, or all but one image if they have fewer; a warning is logged if
+    more than half of a class is taken. The choice is always the same, so that runs can be compared.
 
     Args:
       labels: integers [n]. With several classes per image, [n, ...]: all images then count as one
@@ -153,6 +155,19 @@ def hold_out(labels: np.ndarray, count: int) -> np.ndarray:
         shares[number] += 1
         if shares[number] < sizes[number] - 1:
             turns.append(number)
+    losing = sorted((sizes[number], shares[number]) for number in order if shares[number])
+    losing = [(size, share) for size, share in losing if 2 * share > size]
+    if losing and len(classes) > 1:
+        size, share = losing[0]
+        _LOG.warning(
+            "n_validation=%d holds out more than half of the training images of %d of %d classes, "
+            "such as %d of %d",
+            count,
+            len(losing),
+            len(classes),
+            share,
+            size,
+        )
     mask = np.zeros(len(labels), bool)
     for number in order:
         members = np.flatnonzero(labels == classes[number])

@@ -70,17 +70,18 @@ def get_config() -> ml_collections.ConfigDict:
     config.augment.cutout = 0
     # The standard deviation of the color shift; 0 for none.
     config.augment.colour = 0.0
-    # Both parameters of mixup's Beta distribution; 0 for none.
+    # Both parameters of mixup's Beta distribution; 0 for none. Only the training loss and error are
+    # of mixed images.
     config.mixup = 0.0
     # Views averaged per test image: 1; 2 (plus the mirror image); 10 (center and corners, each also
     # mirrored; needs streamed images and a `resize` of 0 or above `image_size`).
     config.test_views = 1
 
     # ---- Loss and optimizer
-    # "cross_entropy", "pixelwise" for masks (camvid), or "sigmoid" for several classes per image
-    # (camvid_scenes).
+    # "cross_entropy", "pixelwise" for masks (camvid; the mean over images of the mean over pixels),
+    # or "sigmoid" for several classes per image (camvid_scenes).
     config.loss = "cross_entropy"
-    # The share of the probability that is spread over all classes.
+    # The share of the probability that is spread over all classes, in the training loss only.
     config.label_smoothing = 0.0
     # "sgd", "nesterov", "adam", "adamw", or "muon".
     config.optimizer = "sgd"

@@ -167,6 +167,15 @@ def intersection_over_union(counts: Int[np.ndarray, "classes classes"]) -> list[
     return [float(i / u) if u else None for i, u in zip(intersections, unions)]
 
 
+def recall(counts: Int[np.ndarray, "classes classes"]) -> list[float | None]:
+    """Computes the share of each class's images that are predicted as it, from a confusion matrix.
+
+    It is None for a class without images.
+    """
+    sizes = counts.sum(1)
+    return [float(i / size) if size else None for i, size in zip(np.diag(counts), sizes)]
+
+
 def average_precision(
     outputs: Float[np.ndarray, "n classes"], labels: Integer[np.ndarray, "n classes"]
 ) -> list[float | None]:
@@ -189,11 +198,14 @@ def average_precision(
 def by_class(
     kind: str, outputs: Float[np.ndarray, "n *pixels classes"], labels: Integer[np.ndarray, "n ..."]
 ) -> list[float | None]:
-    """Scores each class: its IoU for masks ("pixelwise"), its average precision for "sigmoid"."""
-    if kind == "pixelwise":
-        counts = confusion(outputs.argmax(-1), labels, outputs.shape[-1])
-        return intersection_over_union(counts)
-    return average_precision(outputs, labels)
+    """Scores each class by its recall.
+
+    For masks ("pixelwise") the score is the IoU, and for "sigmoid" the average precision.
+    """
+    if kind == "sigmoid":
+        return average_precision(outputs, labels)
+    counts = confusion(outputs.argmax(-1), labels, outputs.shape[-1])
+    return recall(counts) if kind == "cross_entropy" else intersection_over_union(counts)
 
 
 def mean_of_known(values: Iterable[float | None]) -> float | None:

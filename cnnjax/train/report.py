@@ -13,6 +13,9 @@ from cnnjax.runtime.figures import label_classes
 from cnnjax.train import evaluate
 from cnnjax.train.data import is_streamed
 
+# The most classes that tables and figures name, and the number of worst ones named otherwise.
+_MOST_CLASSES = 20
+_WORST_CLASSES = 10
 # The colors of CamVid's classes in SegNet's tutorial (Badrinarayanan et al. 2015). Further classes
 # begin with the first color again; pixels of no class are black.
 _COLORS = np.array(
@@ -92,7 +95,7 @@ def _confusion_figure(labels: np.ndarray, predicted: np.ndarray, classes: list[s
     axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     axis.set_xlabel("predicted")
     axis.set_ylabel("true")
-    if len(classes) <= 20:
+    if len(classes) <= _MOST_CLASSES:
         # A name may hold "$", which would begin a formula.
         axis.set_xticks(range(len(classes)), classes, rotation=90, fontsize=8, parse_math=False)
         axis.set_yticks(range(len(classes)), classes, fontsize=8, parse_math=False)
@@ -227,13 +230,25 @@ def _scores_table(config: dict, results: dict) -> str:
 
 
 def _class_table(config: dict, results: dict) -> str:
-    """Formats the metric of each class as Markdown; empty if there is none."""
+    """Formats the metric of each class as Markdown; empty if there is none.
+
+    Of more than 20 classes, the ten with the lowest values are listed.
+    """
+    # Results of earlier versions have none for "cross_entropy".
     if not results.get("by_class"):
         return ""
     _, metric = _METRICS[config["loss"]]
-    scores = ["" if score is None else f"{100 * score:.2f}" for score in results["by_class"]]
-    table = tables.table(results["classes"], [scores])
-    return f"\n{metric} of each class of the test set, %:\n\n{table}"
+    if config["loss"] == "cross_entropy":
+        metric = "recall"
+    scores = list(zip(results["classes"], results["by_class"]))
+    which = "each class"
+    if len(scores) > _MOST_CLASSES:
+        known = [(name, score) for name, score in scores if score is not None]
+        scores = sorted(known, key=lambda pair: pair[1])[:_WORST_CLASSES]
+        which = f"the {len(scores)} worst classes"
+    cells = ["" if score is None else f"{100 * score:.2f}" for _, score in scores]
+    table = tables.table([name for name, _ in scores], [cells])
+    return f"\n{metric} of {which} of the test set, %:\n\n{table}"
 
 
 def _describe_training_error(config: dict, results: dict) -> str:
@@ -243,6 +258,14 @@ def _describe_training_error(config: dict, results: dict) -> str:
     # Results of earlier versions are those of the last epoch.
     epoch = results.get("weights", {}).get("epoch", results["final"]["epoch"])
     return f"the mean over the steps of epoch {epoch}"
+
+
+def _describe_training_loss(config: dict) -> str:
+    """Says if the training loss is of other labels than those of scores; empty if it is not."""
+    if not (config["label_smoothing"] or config["mixup"]):
+        return ""
+    where = "The training loss" if is_streamed(config) else "The curve of the training loss"
+    return f" {where} is that of smoothed or mixed labels, and the other losses are not."
 
 
 def _describe_labels(config: dict, results: dict) -> str:
@@ -269,6 +292,7 @@ def _body(config: dict, results: dict, figures: list[str]) -> str:
         _class_table(config, results),
         f"\nThe training error is {_describe_training_error(config, results)}; ",
         "the curve's is the mean over each epoch while training.",
+        _describe_training_loss(config),
         _describe_test(results),
         _describe_weights(results),
         "\n\n",

@@ -233,10 +233,8 @@ def write_results(
         recorded = files.read_json(folder / EXTENDED)
         if earlier := [scores for scores in recorded if scores["epoch"] < final["epoch"]]:
             results["extended_from"] = earlier
-    loss = training.config.loss
-    if loss != "cross_entropy":
-        results["by_class"] = evaluate.by_class(loss, tested.outputs, tested.labels)
     results |= {
+        "by_class": evaluate.by_class(training.config.loss, tested.outputs, tested.labels),
         "n_train": training.data.n_train,
         "n_validation": training.data.n_validation,
         "n_test": len(tested.labels),

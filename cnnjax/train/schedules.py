@@ -4,6 +4,7 @@ All but "plateau" are tables of every step's rate, made beforehand. "plateau" fo
 """
 
 import dataclasses
+import logging
 import math
 from collections.abc import Mapping
 
@@ -14,6 +15,7 @@ import optax
 from cnnjax.runtime import configuration
 from cnnjax.train import defaults
 
+_LOG = logging.getLogger("cnnjax")
 # The keys that each schedule reads, besides `name`, `learning_rate` and `warmup_epochs`.
 KEYS: dict[str, tuple[str, ...]] = {
     "constant": (),
@@ -130,6 +132,13 @@ def learning_rates(
     rate = complete["learning_rate"]
     warmup = round(complete["warmup_epochs"] * steps_per_epoch)
     name = schedule["name"]
+    if warmup >= total and name != "constant":
+        _LOG.warning(
+            "schedule.warmup_epochs=%g covers all epochs=%d: schedule.name=%r never begins",
+            complete["warmup_epochs"],
+            epochs,
+            name,
+        )
     if name == "step":
         epochs_of_change = complete["epochs"]
         if not epochs_of_change:

@@ -389,8 +389,9 @@ def _gradients(recipe: Recipe, state: State, numbers: Numbers, images, labels, k
         smoothing = numbers.label_smoothing
         losses, errors = loss_and_errors(recipe.loss, logits, labels, smoothing)
         if recipe.mixup:
-            opposite_losses, _ = loss_and_errors(recipe.loss, logits, labels[::-1], smoothing)
-            losses = share * losses + (1 - share) * opposite_losses
+            opposite = loss_and_errors(recipe.loss, logits, labels[::-1], smoothing)
+            losses = share * losses + (1 - share) * opposite[0]
+            errors = share * errors + (1 - share) * opposite[1]
         return losses, errors
 
     def mean_loss(trained):

@@ -181,6 +181,11 @@ def build_run(config: ml_collections.ConfigDict) -> Training:
             f"batch_size={config.batch_size} is not a multiple of {parallel.size} device(s) times "
             f"accumulate={config.accumulate}"
         )
+    if config.mixup and config.batch_size == parallel.size * config.accumulate:
+        raise ValueError(
+            f"mixup={config.mixup} has no two images to mix: batch_size={config.batch_size} is one "
+            f"image for each of {parallel.size} device(s) times accumulate={config.accumulate}"
+        )
     data = open_data(config, parallel)
     if config.loss == "cross_entropy" and len(data.classes) < 2:
         raise ValueError(
