@@ -22,4 +22,6 @@ def get_config():
     config.schedule.update({"name": "cosine", "learning_rate": 0.002})
     config.batch_size = 16
     config.epochs = 20
+    # A small data set has few steps.
+    config.checkpoint_every_steps = 100
     return config

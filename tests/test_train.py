@@ -1319,11 +1319,12 @@ def test_a_run_goes_on_past_a_damaged_image(tmp_path):
         workdir.check_config(folder, config.to_dict())
 
 
-def test_a_run_goes_on_with_other_workers(tmp_path):
+@pytest.mark.parametrize("change", [{"workers": 0}, {"checkpoint_every_steps": 50}])
+def test_a_run_goes_on_with_keys_that_change_no_result(change, tmp_path):
     config = defaults.get_config()
     folder = workdir.prepare(tmp_path / "run", config.to_dict())
     (folder / "metrics.jsonl").touch()
-    config.workers = 0
+    config.update(change)
     assert is_equivalent(config, folder)
     adopt_changes(config, folder)
     workdir.check_config(folder, config.to_dict())

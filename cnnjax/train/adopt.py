@@ -18,7 +18,7 @@ from cnnjax.train.training import build_run
 _LOG = logging.getLogger("cnnjax")
 # Keys that change nothing in the steps that a run has taken. `skip_damaged` may only be turned on,
 # since a damaged image would have ended the run before.
-_EQUIVALENT = {"skip_damaged", "workers"}
+_EQUIVALENT = {"checkpoint_every_steps", "skip_damaged", "workers"}
 # The keys that a run may adopt after it has begun.
 _ADOPTED = {"data_dir", "epochs"} | _EQUIVALENT
 
@@ -80,7 +80,7 @@ def adopt_changes(config: ml_collections.ConfigDict, folder: pathlib.Path) -> No
       extended.json then records the earlier results.
     - A run continues with another `data_dir` if it holds the same training and validation images.
     - A run continues with `skip_damaged`, since a damaged image would have ended it before.
-    - A run continues with other `workers`, which change no result.
+    - A run continues with other `workers` and `checkpoint_every_steps`, which change no result.
 
     All other differences stay in the record, and are refused later; more epochs are refused here,
     where the reason is known.

@@ -116,7 +116,9 @@ def train(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
         stop_signal = 0
         pace: _Pace | None = None
         if steps_done < total:
-            _LOG.info("compiling the training step")
+            # On a GPU's machine, JAX without its support for GPUs computes on the CPU.
+            device = jax.devices()[0].device_kind
+            _LOG.info("compiling the training step for %d x %s", parallel.size, device)
 
         def save(epoch_seconds: float) -> None:
             """Saves the state and what has been measured so far."""
