@@ -1057,7 +1057,7 @@ def test_a_given_up_extension_leaves_the_earlier_ones(epoch, kept, tmp_path):
         history=types.SimpleNamespace(entries=[], seconds=1.0),
         final={"epoch": epoch},
         chosen={"epoch": epoch},
-        tested=types.SimpleNamespace(labels=[0]),
+        tested=types.SimpleNamespace(outputs=np.eye(2), labels=np.arange(2)),
         seconds=1.0,
     )
     results = json.loads((tmp_path / "results.json").read_text())
