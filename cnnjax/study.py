@@ -1,4 +1,4 @@
-'''The frame of a study: from a grid of points to a report with tables and figures.
+r'''The frame of a study: from a grid of points to a report with tables and figures.
 
 A study states what is particular to it: its options, its points, how one point is measured, and
 the report. The frame does what all studies share:
@@ -77,7 +77,7 @@ A complete study, one file in `experiments/`:
 
 
     def report(results, options):
-        text = f"# Blur\\n\\n{tabulate(results)}\\n![Error by fill](blur.png)\\n"
+        text = f"# Blur\n\n{tabulate(results)}\n![Error by fill](blur.png)\n"
         return study.Report(text, {"blur.png": draw(results)})
 
 

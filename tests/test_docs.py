@@ -183,6 +183,8 @@ def test_commands_have_the_options_that_pages_give_them(page, monkeypatch, capfd
     monkeypatch.setattr(mlp_vs_convnet, "run_sweep", parse_sweep)
     for module, *words in commands_in_code(page):
         main = find_main(module)
+        # A file of the reader's stands for any configuration.
+        words = [re.sub(r"^my_\w+\.py$", "configs/lenet_digits.py", word) for word in words]
         # Within a sentence, a name alone stands for the command.
         if words and "--help" not in words:
             code = quick.exit_code(main, words)
@@ -193,7 +195,7 @@ def test_commands_have_the_options_that_pages_give_them(page, monkeypatch, capfd
 # number of blocks.
 OWN_TESTS = {
     "docs/export.md": 2,
-    "docs/extend.md": 4,
+    "docs/extend.md": 5,
     "docs/nnx.md": 2,
     "docs/position_methods.md": 2,
     "docs/pytorch.md": 2,
@@ -238,6 +240,7 @@ def test_python_runs(page, tmp_path, monkeypatch):
         weights.save_torchvision(quick.variables(model), name)
     monkeypatch.setattr(download, "fetch", lambda name, tag: "published.safetensors")
     names: dict = {}
+    listed: list = []
     for block in PYTHON[page]:
         for old, new in SMALLER.items():
             block = block.replace(old, new)
@@ -245,10 +248,15 @@ def test_python_runs(page, tmp_path, monkeypatch):
         # What a comment or the text says of the results.
         if "image[None]" in block:
             assert names["logits"].shape == (1, 1000)
+        # In one order each time, as the page says.
+        if page == "docs/sweep.md":
+            listed.append(names["sweep"]())
+            assert names["sweep"]() == listed[-1]
         if "num_classes=10" in block:
             assert names["logits"].shape == (2, 10) and "logits" not in names["features"]
     if page == "docs/sweep.md":
-        assert [*names["sweep"]()] == [*lenet_digits.sweep()]
+        assert listed[0] == [*lenet_digits.sweep()]
+        assert [len(runs) for runs in listed] == [6, 20, 12]
 
 
 def test_the_readme_and_the_home_page_begin_with_the_same_code():
@@ -281,7 +289,7 @@ def test_the_interval_of_a_difference_is_as_its_comment_says(capsys):
 
 def test_the_networks_of_the_page_about_the_study_have_other_fields():
     names: dict = {}
-    exec(python_block("docs/study.md", "# my_nets.py"), names)
+    exec(python_block("docs/study.md", "# my_encoders.py"), names)
     trained = names["trained"](padding="reflect")
     blurred = names["blurred"](padding="reflect")
     assert (trained.num_classes, trained.padding, trained.sampling) == (10, "reflect", "stride")
@@ -350,6 +358,23 @@ def test_the_network_of_the_page_about_extending_takes_sampling_with_the_lines_b
     assert blurred.shape == published["conv2"].shape
     assert np.abs(blurred - published["conv2"]).max() > 0.1
     assert stages("pooled.py", "blur")["conv2"].shape == blurred.shape
+
+
+def test_normalization_of_the_page_about_extending_follows_the_batch(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    plain = python_block("docs/extend.md", "# my_nets.py")
+    normalized = python_block("docs/extend.md", "        x = Conv(16")
+    first = '        x = relu(Conv(16, 3, padding=1, name="conv1", **shared)(x))\n'
+    assert first in plain
+    changed = plain.replace("import Conv", "import BatchNorm, Conv").replace(first, normalized)
+    pathlib.Path("normalized.py").write_text(changed)
+    model = create_model("normalized.py:TinyNet")
+    images = quick.normal(0, 2, 9, 9, 3)
+    variables = quick.variables(model, images)
+    key = {"dropout": jax.random.key(0)}
+    _, updated = model.apply(variables, images, train=True, mutable=["batch_stats"], rngs=key)
+    before, after = variables["batch_stats"]["bn1"], updated["batch_stats"]["bn1"]
+    assert not np.array_equal(before["mean"], after["mean"])
 
 
 def test_the_configuration_of_the_page_about_extending_is_read(tmp_path):

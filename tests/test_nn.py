@@ -22,7 +22,7 @@ from cnnjax.nn.cpu.barrier import materialize
 from cnnjax.nn.cpu.conv import input_gradient, kernel_gradient, packed_outputs
 from cnnjax.nn.cpu.sums import channel_sums, sum_products
 from cnnjax.nn.geometry import Window, pair
-from cnnjax.nn.padding import center
+from cnnjax.nn.padding import center, pad
 
 FILL_MODES = {
     "zeros": "constant",
@@ -503,6 +503,12 @@ def test_partitioned_parameters_are_unboxed():
     assert isinstance(variables["params"]["fc"]["kernel"], nn.Partitioned)
     plain = Named().apply(nn.meta.unbox(variables), x)
     np.testing.assert_array_equal(model.apply(variables, x), plain)
+
+
+def test_a_fill_without_a_case_is_refused(monkeypatch):
+    monkeypatch.setattr("cnnjax.nn.padding.FILLS", (*cnn.FILLS, "odd"))
+    with pytest.raises(ValueError, match="fill='odd' is in FILLS, but `pad` has no case for it"):
+        pad(jnp.ones((1, 4, 4, 1)), (1, 1), "odd")
 
 
 def test_fills_are_what_the_documentation_shows():

@@ -25,8 +25,9 @@ from experiments import position_neurons, probe, sampling
 
 @pytest.fixture(scope="module")
 def example(tmp_path_factory):
-    """Returns the study in the docstring of `cnnjax.study` as a module."""
-    _, text = study.__doc__.split("one file in `experiments/`:\n\n")
+    """Returns the study in the docstring of `cnnjax.study`, as its file has it, as a module."""
+    _, text = pathlib.Path(study.__file__).read_text().split("one file in `experiments/`:\n\n")
+    text = text.partition("\n'''\n")[0]
     path = tmp_path_factory.mktemp("example") / "blur.py"
     path.write_text(textwrap.dedent(text))
     spec = importlib.util.spec_from_file_location("blur", path)

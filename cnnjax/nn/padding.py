@@ -108,7 +108,9 @@ def pad(
     if fill in _NUMPY_MODES:
         _check_border(x, amount, fill)
         return jnp.pad(x, widths, mode=_NUMPY_MODES[fill])
-    return pad_constant(x, widths, 0)
+    if fill in ZERO_FILLS:
+        return pad_constant(x, widths, 0)
+    raise ValueError(f"fill={fill!r} is in FILLS, but `pad` has no case for it")
 
 
 def pad_constant(x: AnyArray, widths: Sequence[tuple[int, int]], value: float) -> Array:
