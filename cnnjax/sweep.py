@@ -280,6 +280,8 @@ def launch(options: argparse.Namespace, runs: list[Run]) -> None:
     words = [sys.executable, "-m", "cnnjax.sweep"]
     words += ["--config", options.config, "--workdir", str(options.workdir)]
     words += [f"--config.{key}={text}" for key, text in options.overrides.items()]
+    if options.debug:
+        words.append("--debug")
     folder = options.workdir / "jobs"
     names = jobs.submit(
         words,
@@ -459,7 +461,9 @@ def sweep(options: argparse.Namespace, config: ml_collections.ConfigDict) -> Non
             )
     runs = read_runs(options.config, config, options.workdir)
     _check_overrides(options, runs)
-    backend.reach_devices()
+    # Jobs may run on machines with other devices.
+    if not options.launcher:
+        backend.reach_devices()
     check(runs, options.overrides)
     if options.launcher:
         launch(options, runs)

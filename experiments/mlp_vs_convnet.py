@@ -241,6 +241,9 @@ def main(arguments: list[str] | None = None) -> int:
         # have failed, with the code 1, the next network is trained all the same.
         result = run_sweep(name, folder / name, more)
         code = max(code, result)
+        # Runs that the sweep refuses to average must not be averaged here.
+        if result == 2:
+            return result
         if result not in (0, 1):
             break
     # The report is written after failures, too, because it names them.

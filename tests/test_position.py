@@ -625,6 +625,31 @@ def test_a_study_of_before_goes_on_under_the_keys_added_since(tmp_path):
     workdir.prepare(tmp_path, defaults.get_config().to_dict())
 
 
+def test_a_finished_study_goes_on_with_more_seeds(tmp_path):
+    config = defaults.get_config()
+    (tmp_path / "cells").mkdir()
+    cell = tmp_path / "cells" / "vgg16-zeros-0.npz"
+    cell.write_bytes(b"measured")
+    workdir.prepare(tmp_path, config.to_dict())
+    (tmp_path / "results.json").write_text("{}")
+    workdir.seal(tmp_path)
+    # Beside another key, nothing is adopted.
+    config.update(seeds=5, kernel=3)
+    study.adopt(config, tmp_path)
+    with pytest.raises(ValueError, match="seeds=3 there, 5 now"):
+        workdir.prepare(tmp_path, config.to_dict())
+    config.kernel = 1
+    study.adopt(config, tmp_path)
+    workdir.prepare(tmp_path, config.to_dict())
+    # The points stay; the results are written anew.
+    assert cell.exists() and not (tmp_path / "results.json").exists()
+    workdir.check_seal(tmp_path)
+    config.seeds = 3
+    study.adopt(config, tmp_path)
+    with pytest.raises(ValueError, match="seeds=5 there, 3 now"):
+        workdir.prepare(tmp_path, config.to_dict())
+
+
 @pytest.mark.slow
 def test_an_interrupted_study_goes_on_from_the_files_of_its_points(
     finished, small_config, tmp_path, monkeypatch, without_figure_files

@@ -8,6 +8,7 @@ to features, readouts, maps and scores.
 import dataclasses
 import functools
 import itertools
+import json
 import logging
 import pathlib
 import time
@@ -50,7 +51,8 @@ CONTROLS = {"posenet": ("image",), "coordinates": ("image", "coordinates")}
 def adopt(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
     """Adds keys introduced after a study to its record, and checks its files' digests.
 
-    Files that have been moved are recorded where they are now.
+    Files that have been moved are recorded where they are now. A study continues with more seeds,
+    since a point depends on its own seed only.
 
     Args:
       config: the configuration to run.
@@ -64,6 +66,14 @@ def adopt(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
         return
     moved = _check_inputs(config, folder, recorded)
     completed = defaults.BEFORE | recorded | moved
+    # As JSON holds it: tuples become lists.
+    wanted = json.loads(json.dumps(config.to_dict()))
+    if completed | {"seeds": config.seeds} == wanted and config.seeds > completed["seeds"]:
+        workdir.check_seal(folder)
+        # The results are written anew when the further seeds are measured.
+        workdir.unseal(folder)
+        (folder / "results.json").unlink(missing_ok=True)
+        completed["seeds"] = config.seeds
     if completed != recorded:
         files.write_json(folder / "config.json", completed)
 

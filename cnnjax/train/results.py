@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import safetensors
 from tensorboardX import summary
 from tensorboardX.proto import event_pb2
 from tensorboardX.record_writer import masked_crc32c
@@ -161,12 +160,7 @@ def final_scores(entry: dict, last: dict, trained: Scored | None, tested: Scored
 
 def write_weights(folder: pathlib.Path, state: step.State) -> None:
     """Writes the weights that were scored, of host arrays, as weights.safetensors."""
-    path = folder / transfer.WEIGHTS
-    try:
-        weights.save_torchvision(state.variables_to_score(), path)
-    except safetensors.SafetensorError as error:
-        # safetensors raises this in place of an `OSError`.
-        raise OSError(f"{path} could not be written: {error}") from error
+    weights.save_torchvision(state.variables_to_score(), folder / transfer.WEIGHTS)
 
 
 def write_predictions(folder: pathlib.Path, training: Training, tested: Scored) -> None:

@@ -148,7 +148,7 @@ def read(
 def write(tensors: dict[str, np.ndarray], path: pathlib.Path) -> None:
     """Writes tensors in the format of the file's suffix.
 
-    The file appears whole or not at all.
+    The file appears whole or not at all. Raises `OSError` if it cannot be written.
     """
     with naming(path), replacing(path) as partial:
         if path.suffix in _PTH_SUFFIXES:
@@ -158,5 +158,9 @@ def write(tensors: dict[str, np.ndarray], path: pathlib.Path) -> None:
             # umask, as every other file of a work directory does.
             partial.write_bytes(b"")
             mode = partial.stat().st_mode
-            safetensors.numpy.save_file(tensors, partial)
+            try:
+                safetensors.numpy.save_file(tensors, partial)
+            except safetensors.SafetensorError as error:
+                # safetensors raises this in place of an `OSError`.
+                raise OSError(f"{path} could not be written: {error}") from error
             partial.chmod(mode)
