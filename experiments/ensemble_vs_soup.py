@@ -273,7 +273,7 @@ def tabulate(results: list[dict]) -> str:
 def gain_sentences(results: list[dict], options) -> list[str]:
     """Judges the lecture's statements on ensembles, snapshots, and averages.
 
-    "D7" is a claim's identifier in the ledger (`experiments.claims`), and so is "D8" below.
+    "D7.1" is a claim's identifier in the ledger (`experiments.claims`), and so are those below.
     """
 
     def gain(group, method):
@@ -285,13 +285,13 @@ def gain_sentences(results: list[dict], options) -> list[str]:
     count = study.values(results, "passes", method="snapshot").mean()
     verb = "is" if 1 <= ensemble.mean() <= 3 else "is not"
     return [
-        f'D7, "ensembling independent models gains about 2 %": {options.members // 2} gain '
+        f'D7.1, "ensembling independent models gains about 2 %": {options.members // 2} gain '
         f"{tables.spread(ensemble, 2)} points. That they gain {tables.judge(ensemble)}; the mean "
         f"{verb} between 1 and 3.",
-        f'D7, "snapshots of one run are a cheaper ensemble": {count:.0f} of one run gain '
+        f'D7.2, "snapshots of one run are a cheaper ensemble": {count:.0f} of one run gain '
         f"{tables.spread(snapshot, 2)} points over one independent network of the same length; a "
         f"gain {tables.judge(snapshot)}.",
-        f'D7, "Polyak averages improve on the last iterate": {tables.spread(polyak, 2)} points: '
+        f'D7.3, "Polyak averages improve on the last iterate": {tables.spread(polyak, 2)} points: '
         f"{tables.judge(polyak)}.",
     ]
 

@@ -1,6 +1,6 @@
 """The numbers: edges, one convolution step by step, unfolding, pooling, shifting, sizes.
 
-Ids in brackets, as (D13), are those of the claims ledger (`experiments.claims`).
+Ids in brackets, as (A5.2), are those of the claims ledger (`experiments.claims`).
 """
 
 import functools
@@ -292,7 +292,7 @@ def shift_numbers(images: np.ndarray, fills: tuple[str, ...] = FILLS) -> dict[st
 # Sizes (A1, A1.1)
 
 # (layer, n, p, k, s, the printed size). AlexNet's paper (Krizhevsky et al. 2012) prints 224 pixels
-# and, in figure 2, maps of 55; the lectures correct it (A14).
+# and, in figure 2, maps of 55; the lectures correct it (A14.1).
 SIZES = (
     ("AlexNet as printed", 224, 0, 11, 4, 55),
     ("AlexNet in the lectures", 227, 0, 11, 4, 55),
@@ -302,7 +302,7 @@ SIZES = (
     ("ResNet", 224, 3, 7, 2, 112),
     ("Inception v3", 299, 0, 3, 2, 149),
     ("tutorial's Net (A11)", 32, 0, 5, 1, 28),
-    ("NUS example (A5)", 7, 0, 3, 2, 3),
+    ("NUS example (A5.2)", 7, 0, 3, 2, 3),
     ("UTSA example (A40)", 5, 1, 3, 2, 3),
 )
 # The formula is checked for every n, p, k, s in these ranges.

@@ -783,8 +783,8 @@ def googlenet_ratio() -> Verdict:
         round(main) == 12,
         {"without auxiliary heads": main, "with": full},
         as_read=round(full) == 12,
-        note=f"{main:.1f} times without auxiliary heads, {full:.1f} times with them; 12 is the "
-        "ratio of the printed 62 M and 5 M",
+        note=f"{main:.1f} times without auxiliary heads, {full:.1f} times with them; the "
+        "publication's introduction (Szegedy et al. 2014) says 12, too",
     )
 
 

@@ -135,7 +135,9 @@ def other_sides() -> Verdict:
     return judge(holds, {"from the top, first column": top[:, 0].tolist()}, note="from all four")
 
 
-@POSITION.claim("B3", "UBC", "It is the padding that allows a convolution to encode position")
+@POSITION.claim(
+    "B3", "UBC", 'Convolution can "learn" to encode positional information when padding is used'
+)
 def without_zeros() -> Verdict:
     least = {}
     greatest = {}
@@ -149,7 +151,8 @@ def without_zeros() -> Verdict:
     return judge(
         fails and greatest["zeros"] == 0,
         {"least spread of a pixel over five images": least, "greatest": greatest},
-        note="this network: with reflect, replicate, circular, or no padding every pixel still "
-        "depends on the image; partial convolution pads with zeros too and counts, faster at other "
-        "borders",
+        note="this network does, with zeros. With reflect, replicate, circular, or no padding, its "
+        "every pixel still depends on the image, but other networks learn places without padding, "
+        "too (docs/position.md); partial convolution pads with zeros too and counts, faster at "
+        "other borders",
     )
