@@ -163,8 +163,9 @@ def submit_script(cluster: Cluster, config: pathlib.Path, folder: pathlib.Path) 
     node without GPUs."""
     page = (ROOT / "docs" / "slurm.md").read_text()
     (script,) = re.findall(r"```bash\n(#!/bin/bash\n.*?)```", page, re.DOTALL)
+    resources = "--gpus-per-node=1 --cpus-per-task=8 --mem=32G --time=04:00:00"
     changes = {
-        "--gpus-per-node=1 --time=04:00:00": "--ntasks=2 --time=00:20:00",
+        resources: "--ntasks=2 --time=00:20:00",
         "srun python": f"srun {sys.executable}",
         "configs/resnet50_imagenet.py --config.data_dir=DATA": (
             f"{config} --config.epochs={LONG} --distributed=auto"

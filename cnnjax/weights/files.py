@@ -150,17 +150,17 @@ def write(tensors: dict[str, np.ndarray], path: pathlib.Path) -> None:
 
     The file appears whole or not at all. Raises `OSError` if it cannot be written.
     """
-    with naming(path), replacing(path) as partial:
-        if path.suffix in _PTH_SUFFIXES:
-            pth.write(tensors, partial)
-        else:
-            # safetensors creates files that only their owner may read; a plain `open` follows the
-            # umask, as every other file of a work directory does.
-            partial.write_bytes(b"")
-            mode = partial.stat().st_mode
-            try:
+    try:
+        with naming(path), replacing(path) as partial:
+            if path.suffix in _PTH_SUFFIXES:
+                pth.write(tensors, partial)
+            else:
+                # safetensors creates files that only their owner may read; a plain `open` follows
+                # the umask, as every other file of a work directory does.
+                partial.write_bytes(b"")
+                mode = partial.stat().st_mode
                 safetensors.numpy.save_file(tensors, partial)
-            except safetensors.SafetensorError as error:
-                # safetensors raises this in place of an `OSError`.
-                raise OSError(f"{path} could not be written: {error}") from error
-            partial.chmod(mode)
+                partial.chmod(mode)
+    except safetensors.SafetensorError as error:
+        # safetensors raises this in place of an `OSError`.
+        raise OSError(f"{path} could not be written: {error}") from error
