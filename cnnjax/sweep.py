@@ -31,7 +31,6 @@ import ml_collections
 
 from cnnjax import main as single
 from cnnjax.runtime import backend, claims, command, configuration, files, jobs, source, workdir
-from cnnjax.runtime.paths import expand_user, sha256
 
 _LOG = logging.getLogger("cnnjax")
 _METRICS = ("train_error", "validation_error", "test_error")
@@ -277,20 +276,13 @@ def start_run(run: Run) -> None:
 
 
 def launch(options: argparse.Namespace, runs: list[Run]) -> None:
-    """Starts jobs that each run this same command, without its launcher, on a copy of its file.
-
-    A job may start, or start again, after the file has been edited for something else.
-    """
-    folder = options.workdir / "jobs"
-    file = expand_user(options.config)
-    copy = folder / f"{file.stem}-{sha256(file)[:8]}.py"
-    folder.mkdir(parents=True, exist_ok=True)
-    files.write(copy, file.read_bytes())
+    """Starts jobs that each run this same command without its launcher."""
     words = [sys.executable, "-m", "cnnjax.sweep"]
-    words += ["--config", str(copy), "--workdir", str(options.workdir)]
+    words += ["--config", options.config, "--workdir", str(options.workdir)]
     words += [f"--config.{key}={text}" for key, text in options.overrides.items()]
     if options.debug:
         words.append("--debug")
+    folder = options.workdir / "jobs"
     names = jobs.submit(
         words,
         folder=folder,

@@ -91,6 +91,7 @@ def find_main(module: str):
 
 def run_a_job(words: list[str], *, folder: pathlib.Path, count: int, **settings) -> list[str]:
     """Runs the command that jobs would run here and once; the jobs are tested in test_sweep.py."""
+    folder.mkdir(parents=True)
     assert words[1:3] == ["-m", "cnnjax.sweep"] and sweep.main(words[3:]) == 0
     return ["1"] * count
 
