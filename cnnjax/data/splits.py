@@ -155,10 +155,9 @@ def hold_out(labels: np.ndarray, count: int) -> np.ndarray:
         shares[number] += 1
         if shares[number] < sizes[number] - 1:
             turns.append(number)
-    losing = sorted((sizes[number], shares[number]) for number in order if shares[number])
-    losing = [(size, share) for size, share in losing if 2 * share > size]
+    losing = [(size, share) for size, share in zip(sizes, shares) if 2 * share > size]
     if losing and len(classes) > 1:
-        size, share = losing[0]
+        size, share = min(losing)
         _LOG.warning(
             "n_validation=%d holds out more than half of the training images of %d of %d classes, "
             "such as %d of %d",

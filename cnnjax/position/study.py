@@ -8,7 +8,6 @@ to features, readouts, maps and scores.
 import dataclasses
 import functools
 import itertools
-import json
 import logging
 import pathlib
 import time
@@ -66,9 +65,8 @@ def adopt(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
         return
     moved = _check_inputs(config, folder, recorded)
     completed = defaults.BEFORE | recorded | moved
-    # As JSON holds it: tuples become lists.
-    wanted = json.loads(json.dumps(config.to_dict()))
-    if completed | {"seeds": config.seeds} == wanted and config.seeds > completed["seeds"]:
+    differences = workdir.differences(completed, config.to_dict())
+    if differences == {"seeds"} and completed["seeds"] < config.seeds:
         workdir.check_seal(folder)
         # The results are written anew when the further seeds are measured.
         workdir.unseal(folder)

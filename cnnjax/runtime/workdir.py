@@ -156,6 +156,18 @@ def _describe_difference(recorded, current: dict) -> str | None:
     return f"a run of another configuration ({'; '.join(texts)})"
 
 
+def differences(recorded: dict, config: dict) -> set[str]:
+    """Finds the keys in which a recorded configuration differs from the one to run."""
+    current = _as_recorded(config)
+    keys = recorded.keys() | current.keys()
+    return {key for key in keys if recorded.get(key) != current.get(key)}
+
+
+def _as_recorded(config: dict) -> dict:
+    """Returns a configuration as JSON holds it: tuples become lists."""
+    return json.loads(json.dumps(config))
+
+
 def check_config(folder: pathlib.Path, config: dict, computes: bool = True) -> None:
     """Checks that a work directory holds a run of this configuration.
 
@@ -169,8 +181,7 @@ def check_config(folder: pathlib.Path, config: dict, computes: bool = True) -> N
         OtherConfiguration: if it holds one of another configuration.
         ValueError: if its config.json is not JSON.
     """
-    # As JSON holds it: tuples become lists.
-    current = json.loads(json.dumps(config))
+    current = _as_recorded(config)
     try:
         recorded = files.read_json(folder / "config.json")
     except ValueError as error:

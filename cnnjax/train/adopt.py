@@ -1,6 +1,5 @@
 """Continue a run of an earlier version, or of a slightly different configuration."""
 
-import json
 import logging
 import os
 import pathlib
@@ -49,7 +48,7 @@ def complete_record(config: ml_collections.ConfigDict, folder: pathlib.Path) -> 
         if config[key] == current[key]:
             config[key] = value
     # If the configurations differ otherwise, the run will be refused and keeps its record.
-    if _differences(completed, config) <= _ADOPTED | {"model"}:
+    if workdir.differences(completed, config.to_dict()) <= _ADOPTED | {"model"}:
         if missing:
             _LOG.info("%s was begun without %s: as before", folder, ", ".join(missing))
         files.write_json(folder / "config.json", completed)
@@ -103,7 +102,7 @@ def adopt_changes(config: ml_collections.ConfigDict, folder: pathlib.Path) -> No
     if _has_more_epochs(adopted, config) and workdir.has_started(folder):
         _check_extension(folder, adopted["epochs"], config)
         _add_epochs(folder, adopted, config)
-    elif adopted != recorded and not _differences(adopted, config):
+    elif adopted != recorded and not workdir.differences(adopted, config.to_dict()):
         files.write_json(folder / "config.json", adopted)
         changed = sorted(key for key in adopted if adopted[key] != recorded.get(key))
         _LOG.info("%s has %s now", folder, ", ".join(f"{key}={adopted[key]}" for key in changed))
@@ -119,7 +118,7 @@ def _take_data_dir(folder: pathlib.Path, recorded: dict, config: ml_collections.
     Raises:
       ValueError: if these are other images.
     """
-    differences = _differences(recorded, config)
+    differences = workdir.differences(recorded, config.to_dict())
     if "data_dir" not in differences or not differences <= _ADOPTED:
         return recorded
     images = _read_data_record(folder, config)
@@ -159,23 +158,21 @@ def _read_data_record(folder: pathlib.Path, config: ml_collections.ConfigDict) -
 def is_equivalent(config: ml_collections.ConfigDict, folder: pathlib.Path) -> bool:
     """Tells whether a run differs only in keys that change nothing in the steps it has taken."""
     recorded = workdir.read_record(folder, "train")
-    return recorded is not None and _differences(recorded, config) <= _equivalent_keys(config)
+    return recorded is not None and workdir.differences(
+        recorded, config.to_dict()
+    ) <= _equivalent_keys(config)
 
 
 def _equivalent_keys(config: ml_collections.ConfigDict) -> set[str]:
     return _EQUIVALENT if config.skip_damaged else _EQUIVALENT - {"skip_damaged"}
 
 
-def _differences(recorded: dict, config: ml_collections.ConfigDict) -> set[str]:
-    """Finds the keys in which a recorded configuration differs from the one to run."""
-    # As JSON holds it: tuples become lists.
-    new = json.loads(json.dumps(config.to_dict()))
-    return {key for key in recorded.keys() | new.keys() if recorded.get(key) != new.get(key)}
-
-
 def _has_more_epochs(recorded: dict, config: ml_collections.ConfigDict) -> bool:
     """Tells whether a run has more epochs, and differs in nothing else."""
-    return _differences(recorded, config) == {"epochs"} and recorded["epochs"] < config.epochs
+    return (
+        workdir.differences(recorded, config.to_dict()) == {"epochs"}
+        and recorded["epochs"] < config.epochs
+    )
 
 
 def _check_extension(folder: pathlib.Path, epochs: int, config: ml_collections.ConfigDict) -> None:

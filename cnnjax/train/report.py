@@ -265,7 +265,10 @@ def _describe_training_loss(config: dict) -> str:
     if not (config["label_smoothing"] or config["mixup"]):
         return ""
     where = "The training loss" if is_streamed(config) else "The curve of the training loss"
-    return f" {where} is that of smoothed or mixed labels, and the other losses are not."
+    sentence = f" {where} is that of smoothed or mixed labels, and the other losses are not."
+    if config["mixup"]:
+        sentence += " Errors while training are those of mixed images."
+    return sentence
 
 
 def _describe_labels(config: dict, results: dict) -> str:

@@ -259,6 +259,7 @@ def is_near_printed(name: str, printed: float, *, within: float) -> bool:
 @TRAINED.claim("D1", "NUS", "LeNet on MNIST: training error 0 %, test error 0.78 %")
 def lenet_result() -> Verdict:
     holds = mean("lenet_train") < 0.005
+    # Ten of 10,000 images.
     holds &= is_near_printed("lenet_test", 0.78, within=0.1)
     return judge(holds, evidence("lenet_train", "lenet_test"))
 
