@@ -8,7 +8,7 @@ continues. Runs that differ only in their seed, or in numbers such as the learni
 compilation. Any number of processes may work on one sweep. Each takes an unfinished run that no
 other process holds; if there is none, it waits, and takes over runs that others abandon.
 `--launcher=slurm --jobs=3` submits three such processes to Slurm; `--launcher=local` starts them on
-this machine.
+this machine. They run what the configuration file listed when they were submitted.
 
 Writes sweep.json and sweep.md: for each setting, the mean, sample standard deviation, n and 95 %
 interval (Student's t) of the final errors over its seeds. A run fails if its numbers are no longer
@@ -146,6 +146,43 @@ def read_runs(path: str, config: ml_collections.ConfigDict, folder: pathlib.Path
     return runs
 
 
+def write_runs(runs: list[Run], folder: pathlib.Path) -> pathlib.Path:
+    """Writes the runs to a file that `read_written_runs` reads, and returns its path."""
+    records = []
+    for run in runs:
+        # Names are made of these texts, which tell tuples from lists, unlike JSON.
+        texts = {key: str(value) for key, value in run.overrides.items()}
+        records.append({"overrides": texts, "config": run.config.to_dict()})
+    path = folder / f"runs-{files.digest(records)}.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    files.write_json(path, {"kind": "runs", "runs": records})
+    return path
+
+
+def read_written_runs(path: pathlib.Path, folder: pathlib.Path) -> list[Run]:
+    """Reads the runs that `write_runs` wrote.
+
+    Args:
+        path: the file.
+        folder: the work directory of the sweep.
+
+    Raises:
+        ValueError: if it is another file.
+    """
+    record = files.read_json(path, object_hook=_with_tuples)
+    if not isinstance(record, dict) or record.get("kind") != "runs":
+        raise ValueError(f"runs={str(path)!r} is not a file that a launcher of sweeps wrote")
+    runs = []
+    for entry in record["runs"]:
+        config = ml_collections.ConfigDict(entry["config"])
+        runs.append(Run(entry["overrides"], config, folder / name_of(entry["overrides"])))
+    return runs
+
+
+def _with_tuples(record: dict) -> dict:
+    return {key: configuration.to_tuples(value) for key, value in record.items()}
+
+
 def check(runs: list[Run], overrides: Collection[str] = ()) -> None:
     """Raises `ValueError` if a run cannot start, or its folder holds another or a damaged run.
 
@@ -276,20 +313,19 @@ def start_run(run: Run) -> None:
 
 
 def launch(options: argparse.Namespace, runs: list[Run]) -> None:
-    """Starts jobs that each run this same command without its launcher."""
+    """Starts jobs that each finish the runs as they are now.
+
+    The configuration file may be edited while jobs wait. They still import it, since networks may
+    be registered there.
+    """
+    folder = options.workdir / "jobs"
+    executor = jobs.build_executor(folder, cluster=options.launcher, settings=options.slurm)
     words = [sys.executable, "-m", "cnnjax.sweep"]
     words += ["--config", options.config, "--workdir", str(options.workdir)]
-    words += [f"--config.{key}={text}" for key, text in options.overrides.items()]
+    words += ["--runs", str(write_runs(runs, folder))]
     if options.debug:
         words.append("--debug")
-    folder = options.workdir / "jobs"
-    names = jobs.submit(
-        words,
-        folder=folder,
-        cluster=options.launcher,
-        count=options.jobs or 1,
-        settings=options.slurm,
-    )
+    names = jobs.submit(executor, words, options.jobs or 1)
     # Written even if no job ever runs: it lists the unfinished runs.
     write_table(options.workdir, runs)
     started = ", ".join(f"job {name}" for name in names)
@@ -459,7 +495,10 @@ def sweep(options: argparse.Namespace, config: ml_collections.ConfigDict) -> Non
                 f"{name}={getattr(options, name)} is for jobs, which --launcher=slurm or "
                 "--launcher=local starts"
             )
-    runs = read_runs(options.config, config, options.workdir)
+    if options.runs:
+        runs = read_written_runs(options.runs, options.workdir)
+    else:
+        runs = read_runs(options.config, config, options.workdir)
     _check_overrides(options, runs)
     # Jobs may run on machines with other devices.
     if not options.launcher:
@@ -494,6 +533,10 @@ def sweep(options: argparse.Namespace, config: ml_collections.ConfigDict) -> Non
 def _check_overrides(options: argparse.Namespace, runs: list[Run]) -> None:
     """Raises `ValueError` for a key of the command line that a run would silently replace."""
     for key in options.overrides:
+        if options.runs:
+            raise ValueError(
+                f"--config.{key} has no effect beside --runs, whose file has the configurations"
+            )
         if any(key in run.overrides for run in runs):
             raise ValueError(
                 f"--config.{key} has no effect where sweep() of config={options.config!r} sets "
@@ -521,6 +564,12 @@ def main(arguments: list[str] | None = None) -> int:
         metavar="KEY=VALUE",
         help="a submitit parameter for every job, such as slurm_partition=gpu or "
         "timeout_min=60; may be repeated",
+    )
+    parser.add_argument(
+        "--runs",
+        type=command.path,
+        metavar="FILE",
+        help="for jobs: the runs that a launcher wrote, in place of those of the configuration",
     )
     return single.run_command(parser, arguments, sweep)
 

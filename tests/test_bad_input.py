@@ -142,6 +142,10 @@ CASES = [
         "--config.seed has no effect where sweep() of config='configs/lenet_digits.py' sets seed;",
     ),
     (
+        ("sweep", "--config=configs/lenet_digits.py", "--workdir=OUT", "--runs=OUT/no.json"),
+        "[Errno 2] No such file or directory: 'OUT/no.json'",
+    ),
+    (
         ("sweep", "--config=configs/lenet_digits.py", "--workdir=OUT", "--jobs=8"),
         "jobs=8 is for jobs, which --launcher=slurm or --launcher=local starts",
     ),

@@ -21,7 +21,7 @@ import scipy.stats
 
 from cnnjax import sweep
 from cnnjax.data import arrays
-from cnnjax.runtime import files, jobs, workdir
+from cnnjax.runtime import configuration, files, jobs, workdir
 from cnnjax.train import defaults, loop
 from cnnjax.train.run import read_config
 
@@ -107,6 +107,9 @@ def test_workers_share_a_sweep(tmp_path):
         flags=quick.FLAGS,
     )
     assert done.returncode == 0 and "started job" in done.stderr, done.stderr
+    # The jobs, which are starting, do not see this edit.
+    edited = pathlib.Path(config).read_text().replace("'seed'", "'epochs'")
+    files.write(pathlib.Path(config), edited)
     deadline = time.monotonic() + 240
     while len(outputs := list((runs / "jobs").glob("*_result.pkl"))) < 2:
         assert time.monotonic() < deadline
@@ -547,6 +550,23 @@ def test_a_key_that_one_schedule_of_a_sweep_reads_is_no_mistake(tmp_path):
     sweep.check(runs, ["schedule.min_lr"])
 
 
+def test_jobs_read_the_runs_as_they_were_submitted(tmp_path):
+    """Names of runs, and so their folders, tell tuples from lists."""
+    fields = {"model_fields.tuple": (1, (2, 3)), "model_fields.list": [1, 2]}
+    overrides = fields | {"seed": np.int64(1), "schedule.learning_rate": 0.25}
+    config = configuration.override(defaults.get_config(), overrides)
+    run = sweep.Run(overrides, config, tmp_path / sweep.name_of(overrides))
+    (read,) = sweep.read_written_runs(sweep.write_runs([run], tmp_path / "jobs"), tmp_path)
+    assert read.config.to_dict() == run.config.to_dict()
+    assert read.config.model_fields.tuple == (1, (2, 3))
+    assert (read.name, read.folder) == (run.name, run.folder)
+    assert "tuple=(1,(2,3)),model_fields.list=[1,2],seed=1," in read.name
+
+    files.write_json(tmp_path / "sweep.json", {"kind": "sweep", "rows": []})
+    with pytest.raises(ValueError, match="is not a file that a launcher of sweeps wrote"):
+        sweep.read_written_runs(tmp_path / "sweep.json", tmp_path)
+
+
 def test_one_value_has_no_spread():
     assert sweep.summarize([0.25]) == {"mean": 0.25, "std": None, "n": 1, "half_width": None}
 
@@ -682,7 +702,8 @@ def test_local_jobs_have_no_time_limit(tmp_path, monkeypatch):
 
     monkeypatch.setattr(submitit.AutoExecutor, "submit", submit)
     for settings in ([], ["timeout_min=60"]):
-        jobs.submit(["true"], folder=tmp_path, cluster="local", count=1, settings=settings)
+        executor = jobs.build_executor(tmp_path, cluster="local", settings=settings)
+        jobs.submit(executor, ["true"], 1)
     minutes_of_a_year = 365 * 24 * 60
     assert limits[0] > 10 * minutes_of_a_year
     assert limits[1] == 60
@@ -705,7 +726,8 @@ def test_local_jobs_see_the_gpus_of_the_command(devices, tmp_path, monkeypatch):
     program = f"import os; assert os.environ.get('CUDA_VISIBLE_DEVICES') == {devices!r}"
     words = [sys.executable, "-c", program]
     for settings in ([], ["gpus_per_node=1"], ["local_gpus_per_node=1"]):
-        jobs.submit(words, folder=tmp_path, cluster="local", count=1, settings=settings)
+        executor = jobs.build_executor(tmp_path, cluster="local", settings=settings)
+        jobs.submit(executor, words, 1)
     own, *asking = submitted
     # submitit sets this in a job that asks for no GPUs.
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
@@ -716,13 +738,7 @@ def test_local_jobs_see_the_gpus_of_the_command(devices, tmp_path, monkeypatch):
 
 def test_a_parameter_that_submitit_does_not_have_is_named(tmp_path):
     with pytest.raises(ValueError, match="slurm=.'slurm_partitoin=gpu'.: .*slurm_partitoin"):
-        jobs.submit(
-            ["true"],
-            folder=tmp_path,
-            cluster="local",
-            count=1,
-            settings=["slurm_partitoin=gpu"],
-        )
+        jobs.build_executor(tmp_path, cluster="local", settings=["slurm_partitoin=gpu"])
 
 
 @pytest.mark.parametrize(
@@ -735,7 +751,7 @@ def test_a_parameter_that_submitit_does_not_have_is_named(tmp_path):
 )
 def test_a_value_that_submitit_does_not_take_is_named(setting, message, tmp_path):
     with pytest.raises(ValueError, match=message):
-        jobs.submit(["true"], folder=tmp_path, cluster="local", count=1, settings=[setting])
+        jobs.build_executor(tmp_path, cluster="local", settings=[setting])
 
 
 @pytest.mark.parametrize("error", [TypeError, ValueError])
@@ -748,7 +764,7 @@ def test_what_submitit_raises_of_a_value_is_one_line(error, tmp_path, monkeypatc
 
     monkeypatch.setattr(submitit.AutoExecutor, "update_parameters", refuse)
     with pytest.raises(ValueError, match=r"^slurm=\['mem_gb=x'\]: mem_gb is odd$"):
-        jobs.submit(["true"], folder=tmp_path, cluster="local", count=1, settings=["mem_gb=x"])
+        jobs.build_executor(tmp_path, cluster="local", settings=["mem_gb=x"])
 
 
 @pytest.mark.parametrize(

@@ -64,22 +64,13 @@ class CommandJob:
         return submitit.helpers.DelayedSubmission(CommandJob(self.words, self.folder))
 
 
-def submit(
-    words: list[str], *, folder: pathlib.Path, cluster: str, count: int, settings: list[str]
-) -> list[str]:
-    """Submits jobs that each run a command in the current folder.
-
-    Local jobs see the GPUs that this process sees, unless `settings` have "gpus_per_node=N".
+def build_executor(folder: pathlib.Path, *, cluster: str, settings: list[str]):
+    """Builds the `submitit.AutoExecutor` that submits jobs.
 
     Args:
-        words: the command and its arguments.
         folder: where submitit keeps the jobs' files and output.
         cluster: "slurm" or "local".
-        count: the number of jobs.
         settings: parameters of submitit, such as "timeout_min=60".
-
-    Returns:
-        The names of the jobs.
 
     Raises:
         ValueError: for a setting that is not KEY=VALUE or that submitit does not accept.
@@ -100,9 +91,24 @@ def submit(
     # submitit raises `NameError` for an unknown parameter, and the others for wrong values.
     except (NameError, AssertionError, TypeError, ValueError) as error:
         raise ValueError(f"slurm={settings}: {' '.join(str(error).split())}") from error
+    return executor
+
+
+def submit(executor, words: list[str], count: int) -> list[str]:
+    """Submits jobs that each run a command in the current folder.
+
+    Local jobs see the GPUs that this process sees, unless they ask for some ("gpus_per_node=N").
+
+    Args:
+        executor: as `build_executor` builds it.
+        words: the command and its arguments.
+        count: the number of jobs.
+
+    Returns:
+        The names of the jobs.
+    """
     # submitit hides all GPUs from local jobs that do not ask for some (`start_controller`).
-    asks_for_gpus = parameters.keys() & {"gpus_per_node", "local_gpus_per_node"}
-    if cluster == "local" and not asks_for_gpus:
+    if executor.cluster == "local" and "gpus_per_node" not in executor.parameters:
         words = _with_own_gpus(words)
     jobs = [executor.submit(CommandJob(words, os.getcwd())) for _ in range(count)]
     return [str(job.job_id) for job in jobs]
