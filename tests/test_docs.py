@@ -194,7 +194,7 @@ def test_commands_have_the_options_that_pages_give_them(page, monkeypatch, capfd
 # Pages whose ```python blocks have tests of their own, here or in test_neighbors.py, with the
 # number of blocks.
 OWN_TESTS = {
-    "docs/export.md": 2,
+    "docs/export.md": 3,
     "docs/extend.md": 5,
     "docs/nnx.md": 2,
     "docs/position_methods.md": 2,

@@ -4,7 +4,7 @@ import contextlib
 
 import jax
 
-FORMS = ("auto", "reference", "cpu")
+FORMS = ("auto", "reference", "cpu", "onnx")
 # A user context is part of jit's cache key: a function is traced again when the form changes.
 _FORM = jax.make_user_context("auto")
 
@@ -19,6 +19,8 @@ def lowering(form: str) -> contextlib.AbstractContextManager:
     Args:
       form: "auto" takes the forms of `cnnjax.nn.cpu` where jax's default backend is the CPU,
         "reference" plain lax calls everywhere, "cpu" the forms of `cnnjax.nn.cpu` everywhere.
+        "onnx" is "reference" with pools as sums and maxima of shifted views: jax2onnx does not
+        convert `lax.reduce_window` to a pool that onnxruntime runs.
 
     Raises `ValueError` if `form` is none of these.
     """
@@ -32,3 +34,8 @@ def uses_cpu_forms() -> bool:
     if _FORM.value == "auto":
         return jax.default_backend() == "cpu"
     return _FORM.value == "cpu"
+
+
+def unrolls_pools() -> bool:
+    """Tells whether pools are traced as sums and maxima of shifted views."""
+    return _FORM.value == "onnx" or uses_cpu_forms()

@@ -12,13 +12,13 @@ from jaxtyping import Array, Float
 
 from cnnjax.nn.cpu.pooling import max_windows, sum_windows
 from cnnjax.nn.geometry import Both, Window, check_map, output_size, pair, widen
-from cnnjax.nn.lowering import uses_cpu_forms
+from cnnjax.nn.lowering import unrolls_pools
 from cnnjax.nn.padding import ZERO_FILLS, border_widths, check_fill, pad
 from cnnjax.nn.sampling import FILTERS, check_sampling, sample
 from cnnjax.runtime.types import AnyArray
 
-# The forms for the CPU have an operation for each value of a window. In larger windows, they would
-# take too long to compile.
+# Unrolled pools have an operation for each value of a window. In larger windows, they would take too
+# long to compile.
 _LARGEST_UNROLLED = 64
 
 
@@ -114,7 +114,7 @@ def _max_pool(x, pool, fill):
 
 
 def _is_unrolled(size) -> bool:
-    return uses_cpu_forms() and math.prod(size) <= _LARGEST_UNROLLED
+    return unrolls_pools() and math.prod(size) <= _LARGEST_UNROLLED
 
 
 def _reduce_windows(x, start, operation, pool, widths="VALID"):
