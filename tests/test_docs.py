@@ -259,6 +259,24 @@ def test_python_runs(page, tmp_path, monkeypatch):
         assert [len(runs) for runs in listed] == [6, 20, 12]
 
 
+@pytest.mark.slow
+def test_the_own_network_of_the_page_about_sweeps_is_swept(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    quick.without_figures(monkeypatch.setattr)
+    pathlib.Path("my_nets.py").write_text(python_block("docs/extend.md", "# my_nets.py"))
+    pathlib.Path("my_sweep.py").write_text(python_block("docs/sweep.md", "# my_sweep.py"))
+    config = configuration.load("my_sweep.py")
+    # One step, on one device.
+    config.update(epochs=1, batch_size=1437, parallel="jit")
+    runs = sweep.read_runs("my_sweep.py", config, tmp_path / "runs")
+    sweep.check(runs)
+    assert [run.config.model_fields.padding for run in runs] == 2 * (3 * ["zeros"] + 3 * ["reflect"])
+    own, lenet = runs[3], runs[9]
+    assert own.config.model.endswith("my_nets.py:TinyNet") and lenet.config.model == "lenet"
+    sweep.start_run(own)
+    assert own.is_done and not own.has_failed
+
+
 def test_the_readme_and_the_home_page_begin_with_the_same_code():
     assert PYTHON["README.md"][0] == PYTHON["docs/index.md"][0]
 
