@@ -270,7 +270,9 @@ def test_the_own_network_of_the_page_about_sweeps_is_swept(tmp_path, monkeypatch
     config.update(epochs=1, batch_size=1437, parallel="jit")
     runs = sweep.read_runs("my_sweep.py", config, tmp_path / "runs")
     sweep.check(runs)
-    assert [run.config.model_fields.padding for run in runs] == 2 * (3 * ["zeros"] + 3 * ["reflect"])
+    assert [run.config.model_fields.padding for run in runs] == 2 * (
+        3 * ["zeros"] + 3 * ["reflect"]
+    )
     own, lenet = runs[3], runs[9]
     assert own.config.model.endswith("my_nets.py:TinyNet") and lenet.config.model == "lenet"
     sweep.start_run(own)
