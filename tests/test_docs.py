@@ -25,7 +25,7 @@ from cnnjax.models import create_model
 from cnnjax.position import results as position_results
 from cnnjax.position.targets import target
 from cnnjax.runtime import command, configuration, files, jobs
-from cnnjax.train import defaults
+from cnnjax.train import defaults, loop
 from cnnjax.weights import download
 from configs import lenet_digits
 from experiments import mlp_vs_convnet
@@ -195,7 +195,7 @@ def test_commands_have_the_options_that_pages_give_them(page, monkeypatch, capfd
 # number of blocks.
 OWN_TESTS = {
     "docs/export.md": 3,
-    "docs/extend.md": 5,
+    "docs/extend.md": 6,
     "docs/nnx.md": 2,
     "docs/position_methods.md": 2,
     "docs/pytorch.md": 2,
@@ -259,6 +259,26 @@ def test_python_runs(page, tmp_path, monkeypatch):
         assert [len(runs) for runs in listed] == [6, 20, 12]
 
 
+@pytest.mark.slow
+def test_the_own_network_of_the_page_about_sweeps_is_swept(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    quick.without_figures(monkeypatch.setattr)
+    pathlib.Path("my_nets.py").write_text(python_block("docs/extend.md", "# my_nets.py"))
+    pathlib.Path("my_sweep.py").write_text(python_block("docs/sweep.md", "# my_sweep.py"))
+    config = configuration.load("my_sweep.py")
+    # One step, on one device.
+    config.update(epochs=1, batch_size=1437, parallel="jit")
+    runs = sweep.read_runs("my_sweep.py", config, tmp_path / "runs")
+    sweep.check(runs)
+    assert [run.config.model_fields.padding for run in runs] == 2 * (
+        3 * ["zeros"] + 3 * ["reflect"]
+    )
+    own, lenet = runs[3], runs[9]
+    assert own.config.model.endswith("my_nets.py:TinyNet") and lenet.config.model == "lenet"
+    sweep.start_run(own)
+    assert own.is_done and not own.has_failed
+
+
 def test_the_readme_and_the_home_page_begin_with_the_same_code():
     assert PYTHON["README.md"][0] == PYTHON["docs/index.md"][0]
 
@@ -314,9 +334,29 @@ def test_camvid_is_reduced_as_the_page_about_training_says(tmp_path, monkeypatch
 
 def test_the_data_set_of_the_page_about_extending_can_be_trained_on(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    exec(python_block("docs/extend.md", "import numpy"), {})
+    exec(python_block("docs/extend.md", "import numpy as np\n\nfrom cnnjax.data import arrays"), {})
     data = arrays.load("own.npz", n_validation=6)
     assert len(data.validation.labels) == 6 and data.classes == ("cat", "dog", "bird")
+
+
+def test_the_source_of_the_page_about_extending_can_be_trained_on(tmp_path, monkeypatch):
+    names: dict = {}
+    exec(python_block("docs/extend.md", "import numpy as np\n\nfrom cnnjax.data.splits"), names)
+    monkeypatch.setitem(sources.DATASETS, "own_masks", names["OwnMasks"]())
+    generator = np.random.default_rng(0)
+    (tmp_path / "own_masks").mkdir()
+    for part, count in (("train", 4), ("test", 2)):
+        images = generator.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
+        masks = generator.choice(np.array([0, 1, 255], np.uint8), (count, 32, 32))
+        np.save(tmp_path / "own_masks" / f"{part}_images.npy", images)
+        np.save(tmp_path / "own_masks" / f"{part}_masks.npy", masks)
+    config = defaults.get_config()
+    config.update(model="fcn", dataset="own_masks", loss="pixelwise", data_dir=str(tmp_path))
+    config.update(batch_size=2, parallel="jit")
+    loop.check(config)
+    data = arrays.load("own_masks", tmp_path)
+    assert data.classes == ("background", "cell") and data.validation is None
+    assert data.train.labels.shape == (4, 32, 32) and data.test.labels.dtype == np.uint8
 
 
 def test_the_network_of_the_page_about_extending_takes_sampling_with_the_lines_below(

@@ -170,17 +170,16 @@ def test_the_loop_for_those_from_pytorch_trains(tmp_path, monkeypatch):
     text = (DOCS / "pytorch.md").read_text()
     monkeypatch.chdir(tmp_path)
     names: dict = {}
-    # A smaller network and smaller images, and what the network begins with.
+    # A smaller network, and what it begins with.
     changes = {
         '"resnet18"': '"cnnjax.models.small:SmallResNet"',
-        "(8, 64, 64, 3)": "(8, 16, 16, 3)",
-        "optimizer = optax": "first = variables\noptimizer = optax",
+        "optimizer_state = optimizer.init": "first = variables\noptimizer_state = optimizer.init",
     }
     for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
         for old, new in changes.items():
             block = block.replace(old, new)
         exec(block, names)
-    assert names["logits"].shape == (8, 10) and np.isfinite(names["loss"])
+    assert names["accuracy"] > 0.8
     for name in ("params", "batch_stats"):
         first, last = names["first"][name], names["variables"][name]
         assert not jax.tree.all(jax.tree.map(np.array_equal, first, last))

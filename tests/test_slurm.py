@@ -163,10 +163,11 @@ def submit_script(cluster: Cluster, config: pathlib.Path, folder: pathlib.Path) 
     node without GPUs."""
     page = (ROOT / "docs" / "slurm.md").read_text()
     (script,) = re.findall(r"```bash\n(#!/bin/bash\n.*?)```", page, re.DOTALL)
+    srun = 'srun --cpus-per-task="$SLURM_CPUS_PER_TASK"'
     resources = "--gpus-per-node=1 --cpus-per-task=8 --mem=32G --time=04:00:00"
     changes = {
-        resources: "--ntasks=2 --time=00:20:00",
-        "srun python": f"srun {sys.executable}",
+        resources: "--ntasks=2 --cpus-per-task=1 --time=00:20:00",
+        f"{srun} \\\n    python": f"{srun} {sys.executable}",
         "configs/resnet50_imagenet.py --config.data_dir=DATA": (
             f"{config} --config.epochs={LONG} --distributed=auto"
         ),
@@ -189,6 +190,7 @@ def submit_sweep(cluster: Cluster, config: pathlib.Path, runs: pathlib.Path) -> 
         *(sys.executable, "-m", "cnnjax.sweep", "--config", str(config), "--workdir", str(runs)),
         *("--launcher=slurm", "--jobs=2"),
         *("--slurm=timeout_min=20", "--slurm=slurm_signal_delay_s=120"),
+        "--slurm=cpus_per_task=1",
     )
     numbers = re.findall(r"job (\d+)", told)
     return [Job(number, runs / "jobs" / f"{number}_0_log.err") for number in numbers]

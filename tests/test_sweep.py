@@ -709,6 +709,25 @@ def test_local_jobs_have_no_time_limit(tmp_path, monkeypatch):
     assert limits[1] == 60
 
 
+def test_tasks_of_slurm_jobs_get_the_cpus_that_are_asked_for(tmp_path, monkeypatch):
+    """srun does not inherit them from the batch script."""
+    import submitit
+
+    given = []
+
+    def submit(executor, job):
+        given.append(executor.parameters.get("srun_args"))
+        return types.SimpleNamespace(job_id="1")
+
+    monkeypatch.setattr(submitit.AutoExecutor, "submit", submit)
+    # Slurm need not be installed.
+    monkeypatch.setattr(submitit.SlurmExecutor, "affinity", lambda executor: 1)
+    own = "slurm_srun_args=['--cpu-bind=cores']"
+    for settings in ([], ["cpus_per_task=8"], ["slurm_cpus_per_task=4"], ["cpus_per_task=8", own]):
+        jobs.submit(["true"], folder=tmp_path, cluster="slurm", count=1, settings=settings)
+    assert given == [None, ["--cpus-per-task=8"], ["--cpus-per-task=4"], ["--cpu-bind=cores"]]
+
+
 @pytest.mark.parametrize("devices", ["3", None])
 def test_local_jobs_see_the_gpus_of_the_command(devices, tmp_path, monkeypatch):
     import submitit

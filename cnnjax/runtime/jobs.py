@@ -79,6 +79,10 @@ def build_executor(folder: pathlib.Path, *, cluster: str, settings: list[str]):
 
     parameters: dict[str, Any] = {"name": "cnnjax-sweep", "timeout_min": _TIMEOUT_MIN[cluster]}
     parameters |= dict(_parse_setting(setting) for setting in settings)
+    # Since Slurm 22.05, srun, which submitit calls in its batch script, does not inherit this.
+    cpus_per_task = parameters.get("slurm_cpus_per_task", parameters.get("cpus_per_task"))
+    if cpus_per_task is not None:
+        parameters.setdefault("slurm_srun_args", [f"--cpus-per-task={cpus_per_task}"])
 
     executor = submitit.AutoExecutor(
         folder,
