@@ -89,9 +89,8 @@ def find_main(module: str):
     return found.main
 
 
-def run_a_job(words: list[str], *, folder: pathlib.Path, count: int, **settings) -> list[str]:
+def run_a_job(executor, words: list[str], count: int) -> list[str]:
     """Runs the command that jobs would run here and once; the jobs are tested in test_sweep.py."""
-    folder.mkdir(parents=True)
     assert words[1:3] == ["-m", "cnnjax.sweep"] and sweep.main(words[3:]) == 0
     return ["1"] * count
 
@@ -102,6 +101,7 @@ def test_commands_run(page, tmp_path, monkeypatch, standard_promotion, capfd):
     """In the page's order, since one may need what another left; results go to a temporary folder
     instead of runs/."""
     monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(jobs, "build_executor", lambda folder, **settings: None)
     monkeypatch.setattr(jobs, "submit", run_a_job)
     quick.without_figures(monkeypatch.setattr)
     # The figures of studies and of training are looked at in test_position.py and test_train.py.
@@ -196,9 +196,9 @@ def test_commands_have_the_options_that_pages_give_them(page, monkeypatch, capfd
 OWN_TESTS = {
     "docs/export.md": 3,
     "docs/extend.md": 6,
-    "docs/nnx.md": 2,
+    "docs/nnx.md": 3,
     "docs/position_methods.md": 2,
-    "docs/pytorch.md": 2,
+    "docs/pytorch.md": 3,
     "docs/study.md": 2,
     "docs/train.md": 1,
 }

@@ -135,8 +135,10 @@ def test_an_exported_network_computes_the_same_for_every_batch_size(
 
 
 def test_onnx_files_compute_the_same():
-    """The page's example, and five networks. jax2onnx needs a process of its own: its import changes
-    others' functions and warns."""
+    """The page's example, and five networks.
+
+    In a process of their own: jax2onnx changes functions of other packages, and warns.
+    """
     if not all(map(importlib.util.find_spec, ("jax2onnx", "onnxruntime"))):
         pytest.skip("jax2onnx and onnxruntime are not installed")
     done = subprocess.run(
@@ -173,6 +175,7 @@ def test_the_loop_for_those_from_pytorch_trains(tmp_path, monkeypatch):
     # A smaller network, and what it begins with.
     changes = {
         '"resnet18"': '"cnnjax.models.small:SmallResNet"',
+        '"fc"': '"head"',
         "optimizer_state = optimizer.init": "first = variables\noptimizer_state = optimizer.init",
     }
     for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
@@ -180,6 +183,8 @@ def test_the_loop_for_those_from_pytorch_trains(tmp_path, monkeypatch):
             block = block.replace(old, new)
         exec(block, names)
     assert names["accuracy"] > 0.8
+    assert {"kernel", "bias"} == set(names["gradients"])
+    assert all(np.any(value) for value in names["gradients"].values())
     for name in ("params", "batch_stats"):
         first, last = names["first"][name], names["variables"][name]
         assert not jax.tree.all(jax.tree.map(np.array_equal, first, last))

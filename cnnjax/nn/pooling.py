@@ -17,8 +17,8 @@ from cnnjax.nn.padding import ZERO_FILLS, border_widths, check_fill, pad
 from cnnjax.nn.sampling import FILTERS, check_sampling, sample
 from cnnjax.runtime.types import AnyArray
 
-# Unrolled pools have an operation for each value of a window. In larger windows, they would take too
-# long to compile.
+# Unrolled pools have an operation for each value of a window. In larger windows, they would take
+# too long to compile.
 _LARGEST_UNROLLED = 64
 
 
