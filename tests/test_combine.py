@@ -940,15 +940,16 @@ def refused(capsys, *arguments) -> str:
 
 @pytest.mark.slow
 def test_a_combination_without_its_data_leaves_no_folder(finished, tmp_path, capsys, monkeypatch):
-    def load(*arguments):
-        raise ValueError("data_dir='data' is not a folder")
+    def load(dataset, data_dir, n_validation):
+        raise ValueError(f"data_dir={data_dir!r} is not a folder")
 
     monkeypatch.setattr(combination.arrays, "load", load)
     runs = finished / "rates" / "rate=*"
-    message = refused(
-        capsys, "--runs", runs, "--method", "uniform", "--workdir", tmp_path / "a" / "b"
-    )
-    assert message == "error: data_dir='data' is not a folder\n"
+    arguments = ["--runs", runs, "--method", "uniform", "--workdir", tmp_path / "a" / "b"]
+    assert refused(capsys, *arguments) == "error: data_dir='' is not a folder\n"
+    # The data set may have moved.
+    message = refused(capsys, *arguments, "--data_dir", "moved")
+    assert message == "error: data_dir='moved' is not a folder\n"
     assert not list(tmp_path.iterdir())
 
 

@@ -110,6 +110,15 @@ def test_a_warmup_that_leaves_no_step_is_named(caplog):
     assert "schedule.warmup_epochs=3 covers all epochs=3" in caplog.text
 
 
+def test_changes_of_the_rate_after_the_last_epoch_are_named(caplog):
+    step = {"name": "step", "learning_rate": 1.0, "factor": 0.5}
+    learning_rates(step | {"epochs": (2, 4)}, 10, 5)
+    assert not caplog.records
+    learning_rates(step | {"epochs": (2, 5, 7.5)}, 10, 5)
+    message = "schedule.epochs=(2, 5, 7.5): the rate does not change at 5, 7.5, since epochs=5"
+    assert message in caplog.text
+
+
 def test_schedules():
     # The lectures' schedules: 0.25 divided by 1.5 every 5 epochs; 0.25 halved at epochs 10, 14, 18.
     rates = learning_rates(

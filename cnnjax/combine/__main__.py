@@ -9,6 +9,7 @@ that kept several checkpoints. Writes results.json and report.md; the test set i
 the end.
 """
 
+import os
 import sys
 
 from cnnjax.combine.methods import METHODS
@@ -39,6 +40,12 @@ def main(arguments: list[str] | None = None) -> int:
         metavar="FOLDER",
         help="where the results are written",
     )
+    parser.add_argument(
+        "--data_dir",
+        type=os.path.expanduser,
+        metavar="FOLDER",
+        help="the folder of the runs' data set, if it has moved since they were trained",
+    )
     options = parser.parse_args(arguments)
 
     def work():
@@ -47,7 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
         from cnnjax.runtime import backend
 
         backend.start()
-        combination.run(options.runs, options.method, options.workdir)
+        combination.run(options.runs, options.method, options.workdir, options.data_dir)
 
     return command.run(work)
 

@@ -45,6 +45,7 @@ def run(
     runs: str | os.PathLike | Sequence[str | os.PathLike],
     method: str,
     folder: str | os.PathLike,
+    data_dir: str | None = None,
 ) -> None:
     """Combines training runs, and writes results.json and report.md.
 
@@ -56,6 +57,7 @@ def run(
       method: "best", "ensemble", "ensemble-logits", "uniform", "greedy", "learned",
         "learned-by-layer", "snapshot" or "polyak" (see docs/combine.md).
       folder: the work directory; `~` is expanded.
+      data_dir: the folder of the runs' data set, if it has moved since they were trained.
 
     Raises:
       ValueError: for an unknown method, for no runs, for runs that the method cannot combine, and
@@ -69,7 +71,7 @@ def run(
     configs = find_runs(runs)
     check_runs(configs, method)
     # Before the work directory is made, since the data may be missing.
-    networks, ema = _read_networks(configs, method)
+    networks, ema = _read_networks(configs, method, data_dir)
     names = [str(path) for path in configs]
     record = {"kind": "combine", "method": method, "runs": names}
     with workdir.prepared(expand_user(folder), record) as folder:
@@ -113,7 +115,9 @@ def run(
         )
 
 
-def _read_networks(configs: Configs, method: str) -> tuple["Networks", dict | None]:
+def _read_networks(
+    configs: Configs, method: str, data_dir: str | None
+) -> tuple["Networks", dict | None]:
     """Reads the runs' networks and data, and checks that the method can combine them.
 
     Returns the networks, and the average of parameters (ema) that a single run kept.
@@ -122,6 +126,8 @@ def _read_networks(configs: Configs, method: str) -> tuple["Networks", dict | No
     `_check_frozen`.
     """
     first = complete(next(iter(configs.values())))
+    if data_dir is not None:
+        first.data_dir = data_dir
     data = arrays.load(first.dataset, first.data_dir, first.n_validation)
     check_data(configs, data, first)
     members: list[Member] = []

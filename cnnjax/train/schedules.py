@@ -141,6 +141,14 @@ def learning_rates(
         )
     if name == "step":
         epochs_of_change = complete["epochs"]
+        late = [epoch for epoch in epochs_of_change if epoch >= epochs]
+        if late:
+            _LOG.warning(
+                "schedule.epochs=%s: the rate does not change at %s, since epochs=%d",
+                tuple(epochs_of_change),
+                ", ".join(f"{epoch:g}" for epoch in late),
+                epochs,
+            )
         if not epochs_of_change:
             epochs_of_change = np.arange(complete["every"], epochs, complete["every"])
         factors: dict[int, float] = {}
