@@ -567,6 +567,28 @@ def test_jobs_read_the_runs_as_they_were_submitted(tmp_path):
         sweep.read_written_runs(tmp_path / "sweep.json", tmp_path)
 
 
+@pytest.mark.parametrize("options", [["--debug", "--jobs=2"], []])
+def test_a_launcher_submits_this_command_and_needs_no_device(options, tmp_path, monkeypatch):
+    config = write_config(tmp_path, "def sweep():\n    return [{'seed': 0}]")
+    submitted = []
+    monkeypatch.setattr(jobs, "build_executor", lambda folder, **settings: settings)
+    monkeypatch.setattr(jobs, "submit", lambda *job: submitted.append(job) or ["7"])
+    # A login node may have none.
+    monkeypatch.setattr(sweep.backend, "reach_devices", lambda: pytest.fail("devices are reached"))
+    arguments = ["--config", config, "--workdir", str(tmp_path / "runs"), "--config.epochs=1"]
+    arguments += ["--launcher=slurm", "--slurm=mem_gb=8", *options]
+    assert sweep.main(arguments) == 0
+    ((executor, words, count),) = submitted
+    assert executor == {"cluster": "slurm", "settings": ["mem_gb=8"]}
+    assert count == (2 if options else 1)
+    assert ("--debug" in words) == bool(options)
+    (run,) = sweep.read_written_runs(
+        pathlib.Path(words[words.index("--runs") + 1]), tmp_path / "runs"
+    )
+    assert (run.name, run.config.epochs) == ("seed=0", 1)
+    assert not any(word.startswith("--config.") for word in words)
+
+
 def test_one_value_has_no_spread():
     assert sweep.summarize([0.25]) == {"mean": 0.25, "std": None, "n": 1, "half_width": None}
 
