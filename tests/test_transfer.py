@@ -705,7 +705,7 @@ def test_a_run_that_scaled_its_images_otherwise_is_warned_of(tmp_path, monkeypat
     (warning,) = warnings(standardised, {"std": [1 / 255]})
     assert warning.startswith(
         f"pixels='standardised' divides images by a standard deviation of {std:.2g}, the run of "
-        f"initial_weights='{tmp_path}' by 0.0039: "
+        f"initial_weights='{tmp_path}' by 0.0039, so that"
     )
     (warning,) = warnings(centred, {"std": [std]})
     assert warning.startswith("pixels='centred' divides images by a standard deviation of 0.0039")

@@ -243,7 +243,8 @@ def _warn_of_other_scale(config: ml_collections.ConfigDict, std: np.ndarray) -> 
         channel = differs.argmax()
         _LOG.warning(
             "pixels=%r divides images by a standard deviation of %.2g, the run of "
-            "initial_weights=%r by %.2g: its layers get inputs of another scale; use its pixels",
+            "initial_weights=%r by %.2g, so that its layers get inputs of another scale; use the "
+            "`pixels` of that run",
             config.pixels,
             std[channel],
             config.initial_weights,
