@@ -336,49 +336,62 @@ def linear_probe(
     """Fits a linear classifier to features by ridge regression.
 
     The targets are one-hot labels; the solution is exact. The strength of the penalty is the one of
-    1, 10, 100, 1,000, 10,000 and 100,000 (`STRENGTHS`) that is most accurate on the last fifth of
-    the training features after a fit of the others. So the training features must be in random
-    order. The final fit uses all of them.
+    1, 10, 100, 1,000, 10,000 and 100,000 (`STRENGTHS`) that is most accurate on held-out training
+    examples after a fit of the others. The final fit uses all training examples.
+
+    The last fifth is held out. If this fifth has a class that the others lack, or if the examples
+    are sorted by class, it is the last fifth of each class instead, where a class with a single
+    example loses none.
 
     Returns:
       The test accuracy and the strength.
 
     Raises:
-      ValueError: for fewer than 5 training features, for negative labels, if the examples are in
-        the order of their classes, or if the last fifth has a class that the others lack.
+      ValueError: for fewer than 5 training examples, for negative labels, or if no class has two
+        examples.
     """
-    n_fitted = len(train) * 4 // 5
-    if n_fitted < 4:
+    if len(train) < 5:
         raise ValueError(f"train has {len(train)} examples; expected at least 5")
     n_labels = int(max(labels.max(), test_labels.max(initial=0))) + 1
     splits.check_labels(labels, n_labels, "train")
     splits.check_labels(test_labels, n_labels, "test")
-    unseen = set(labels[n_fitted:].tolist()) - set(labels[:n_fitted].tolist())
-    if unseen:
-        raise ValueError(
-            f"labels: class {min(unseen)} is only in the last fifth, which chooses the strength; "
-            "expected examples in random order"
-        )
-    n_classes = len(set(labels.tolist()))
-    if n_classes > 1 and np.count_nonzero(np.diff(labels)) == n_classes - 1:
-        raise ValueError(
-            f"labels: the {n_classes} classes follow each other, so the last fifth, which chooses "
-            "the strength, is no sample of all; expected examples in random order"
-        )
+    is_held_out = _hold_out(labels)
     train = train.astype(np.float64)
     test = test.astype(np.float64)
     targets = np.eye(int(labels.max()) + 1)[labels]
 
-    def predict(count: int, strengths: np.ndarray, inputs: np.ndarray) -> np.ndarray:
-        """Fits the first `count` examples; returns classes [strengths, n] of the inputs."""
-        scaler = ridge.fit_scaler(train[:count])
-        x = scaler(train[:count])
-        mean = targets[:count].mean(0)
-        weights = ridge.solve(ridge.factor(x.T @ x), x.T @ (targets[:count] - mean), strengths)
+    def predict(is_fitted: np.ndarray, strengths: np.ndarray, inputs: np.ndarray) -> np.ndarray:
+        """Fits the examples of a mask [n]; returns classes [strengths, m] of m inputs."""
+        examples = train[is_fitted]
+        scaler = ridge.fit_scaler(examples)
+        x = scaler(examples)
+        y = targets[is_fitted]
+        mean = y.mean(0)
+        weights = ridge.solve(ridge.factor(x.T @ x), x.T @ (y - mean), strengths)
         return (scaler(inputs) @ weights + mean).argmax(-1)
 
-    held_out = predict(n_fitted, np.array(STRENGTHS), train[n_fitted:])
-    accuracies = (held_out == labels[n_fitted:]).mean(1)
+    predicted = predict(~is_held_out, np.array(STRENGTHS), train[is_held_out])
+    accuracies = (predicted == labels[is_held_out]).mean(1)
     strength = STRENGTHS[accuracies.argmax()]
-    predicted = predict(len(train), np.array([strength]), test)
+    predicted = predict(np.ones(len(train), bool), np.array([strength]), test)
     return float((predicted == test_labels).mean()), strength
+
+
+def _hold_out(labels: np.ndarray) -> np.ndarray:
+    """Chooses the examples, a mask [n], on which `linear_probe` chooses the strength."""
+    classes = np.unique(labels)
+    is_held_out = np.arange(len(labels)) >= len(labels) * 4 // 5
+    are_all_fitted = len(np.unique(labels[~is_held_out])) == len(classes)
+    is_sorted = len(classes) > 1 and np.count_nonzero(np.diff(labels)) == len(classes) - 1
+    if are_all_fitted and not is_sorted:
+        return is_held_out
+    is_held_out[:] = False
+    for label in classes:
+        members = np.flatnonzero(labels == label)
+        is_held_out[members[max(len(members) * 4 // 5, 1) :]] = True
+    if not is_held_out.any():
+        raise ValueError(
+            f"labels: each of the {len(classes)} classes has one example, so none can be held out "
+            "to choose the strength; expected two examples of a class at least"
+        )
+    return is_held_out

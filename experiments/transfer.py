@@ -23,7 +23,6 @@ Each network has its own work directory, and data/ contains the data sets (about
 Writes report.md, transfer.json, labels.png, and halves.png.
 """
 
-import functools
 import itertools
 import pathlib
 import sys
@@ -282,14 +281,13 @@ def train(folder: pathlib.Path, settings: dict[str, Any]) -> float:
     config.schedule.name = "cosine"
     config.update_from_flattened_dict(settings)
     loop.check(config)
-    keys = ["data_dir", "dataset"]
-    # `initial_weights` is the folder of a base network, which moves with this study, or a file of
-    # `--weights`. A network that was begun with one file must not continue with another, so the
-    # path of a file is not updated.
-    if pathlib.Path(config.initial_weights).is_dir():
-        keys.append("initial_weights")
-    update_paths = functools.partial(study.update_record, keys=keys)
-    results = workdir.run_once(loop.run, config, folder, update_paths)
+
+    def adopt(config, folder):
+        """Records where the network's files are now; its initial weights must be the same."""
+        study.update_record(config, folder, keys=("data_dir", "dataset"))
+        loop.adopt(config, folder)
+
+    results = workdir.run_once(loop.run, config, folder, adopt)
     return 1 - results["final"]["test_error"]
 
 

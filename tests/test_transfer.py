@@ -17,16 +17,18 @@ from flax.traverse_util import flatten_dict
 from test_train import MOMENTS, Tiny, some_data
 
 import configs.lenet_digits
+from cnnjax import ridge, transfer, weights
 from cnnjax import study as frame
-from cnnjax import transfer, weights
 from cnnjax.data import arrays
 from cnnjax.models import base, create_model
 from cnnjax.nn import BatchNorm
 from cnnjax.runtime import files, imagenet, workdir
 from cnnjax.runtime.paths import sha256
 from cnnjax.train import check, defaults, loop, step
+from cnnjax.train.checkpoints import Checkpoints
 from cnnjax.train.data import moments_of
 from cnnjax.train.optimizers import OPTIMIZERS, optimizer
+from cnnjax.train.training import build_run
 from experiments import transfer as study
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
@@ -541,15 +543,34 @@ def test_the_linear_probe_is_the_exact_solution():
     assert strength == transfer.STRENGTHS[np.argmax(accuracies)]
 
 
-def test_the_linear_probe_refuses_examples_in_the_order_of_their_classes():
-    """Otherwise, only classes that were never fitted would choose the strength."""
-    x = np.random.default_rng(0).normal(size=(20, 3))
-    labels = np.arange(20) // 4
-    with pytest.raises(ValueError, match="^labels: class 4 is only in the last fifth"):
-        transfer.linear_probe(x, labels, x, labels)
-    # Of two classes in order, the last fifth shows one, which the others have, too.
-    labels = np.arange(20) // 10
-    with pytest.raises(ValueError, match="^labels: the 2 classes follow each other"):
+@pytest.mark.parametrize(
+    "labels, held_out",
+    [
+        ([0, 1, 0, 1, 0, 1, 0, 1, 0, 1], [8, 9]),
+        # Class 2 is in the last fifth only.
+        ([0, 1, 0, 1, 0, 1, 0, 1, 2, 2], [6, 7, 9]),
+        ([0, 1, 0, 1, 0, 1, 0, 1, 0, 2], [7, 8]),
+        # Sorted by class.
+        ([0, 0, 0, 0, 0, 1, 1, 1, 1, 1], [4, 9]),
+        ([0, 0, 0, 0, 0, 0, 0, 0, 0, 0], [8, 9]),
+    ],
+)
+def test_the_linear_probe_holds_out_no_whole_class(labels, held_out, monkeypatch):
+    """The scaler sees what is fitted to choose the strength, then all examples."""
+    fitted = []
+    fit_scaler = ridge.fit_scaler
+    monkeypatch.setattr(ridge, "fit_scaler", lambda x: fitted.append(x) or fit_scaler(x))
+    x = np.random.default_rng(0).normal(size=(10, 3))
+    accuracy, _ = transfer.linear_probe(x, np.array(labels), x, np.array(labels))
+    assert 0 <= accuracy <= 1
+    np.testing.assert_array_equal(fitted[0], np.delete(x, held_out, 0))
+    np.testing.assert_array_equal(fitted[1], x)
+
+
+def test_the_linear_probe_refuses_too_few_examples():
+    x = np.random.default_rng(0).normal(size=(5, 3))
+    labels = np.arange(5)
+    with pytest.raises(ValueError, match="^labels: each of the 5 classes has one example"):
         transfer.linear_probe(x, labels, x, labels)
     with pytest.raises(ValueError, match="^train has 4 examples; expected at least 5"):
         transfer.linear_probe(x[:4], labels[:4], x, labels)
@@ -645,11 +666,88 @@ def changed_config(**settings):
             "of a finished training run",
         ),
         ({"initial_parts": ("conv1",)}, "needs initial_weights"),
+        (
+            {"freeze": ("conv1", "conv2"), "rates": (("*", 0.1), ("conv1.weight", 0.5))},
+            r"freeze=\('conv1', 'conv2'\) freezes all of 'conv1.weight', so its rate would have no "
+            "effect; leave out this pair",
+        ),
     ],
 )
 def test_bad_settings_are_named(settings, message):
     with pytest.raises(ValueError, match=message):
         loop.check(changed_config(**settings))
+
+
+def test_rates_may_have_frozen_parameters_among_others(tmp_path):
+    loop.check(changed_config(freeze=("conv1",), rates=(("*", 0.1),)))
+    # A run that has started may keep a rate without effect.
+    (tmp_path / "metrics.jsonl").touch()
+    loop.check(changed_config(freeze=("conv1",), rates=(("conv1", 0.1),)), tmp_path)
+
+
+def test_a_run_that_scaled_its_images_otherwise_is_warned_of(tmp_path, monkeypatch, caplog):
+    monkeypatch.setitem(base._REGISTRY, "tiny", Tiny)
+    shapes = weights.variable_shapes(Tiny(num_classes=10, input_shape=(8, 8, 1)))
+    zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
+    weights.save_torchvision(zeros, tmp_path / transfer.WEIGHTS)
+    files.write_json(tmp_path / "config.json", {"kind": "train"})
+    settings = {"model": "tiny", "parallel": "jit", "initial_weights": str(tmp_path)}
+    standardised = build_run(changed_config(**settings))
+    centred = build_run(changed_config(pixels="centred", **settings))
+    std = float(standardised.data.moments[1][0])
+
+    def warnings(training, results) -> list[str]:
+        files.write_json(tmp_path / "results.json", results)
+        caplog.clear()
+        training.initial_state()
+        return [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+
+    (warning,) = warnings(standardised, {"std": [1 / 255]})
+    assert warning.startswith(
+        f"pixels='standardised' divides images by a standard deviation of {std:.2g}, the run of "
+        f"initial_weights='{tmp_path}' by 0.0039, so that"
+    )
+    (warning,) = warnings(centred, {"std": [std]})
+    assert warning.startswith("pixels='centred' divides images by a standard deviation of 0.0039")
+    assert not warnings(centred, {"std": [1 / 255]})
+    assert not warnings(standardised, {"std": [1.9 * std]})
+    assert not warnings(standardised, {"std": [0.1, 0.1, 0.1]})
+    # Earlier versions recorded no scale.
+    assert not warnings(standardised, {})
+
+
+@pytest.mark.parametrize("is_finished", [True, False])
+def test_a_run_continues_with_its_initial_weights_elsewhere(is_finished, tmp_path, caplog):
+    """The same contents are accepted under another path, others are refused."""
+    first = tmp_path / "first.safetensors"
+    first.write_bytes(b"weights")
+    copied = tmp_path / "copied.safetensors"
+    copied.write_bytes(b"weights")
+    other = tmp_path / "other.safetensors"
+    other.write_bytes(b"other weights")
+    config = changed_config(initial_weights=str(first))
+    folder = workdir.prepare(tmp_path / "run", config.to_dict())
+    origin = {"initial_weights_sha256": sha256(first)}
+    if is_finished:
+        files.write_json(folder / "results.json", origin)
+    else:
+        with Checkpoints(folder / "checkpoints", 1) as checkpoints:
+            checkpoints.save(1, {"x": np.zeros(1)}, origin)
+    first.unlink()
+
+    before = (folder / "config.json").read_bytes()
+    for wrong in ({"initial_weights": str(other)}, {"initial_weights": ""}, {"seed": 9}):
+        config = changed_config(**{"initial_weights": str(copied)} | wrong)
+        loop.adopt(config, folder)
+        assert (folder / "config.json").read_bytes() == before
+        with pytest.raises(workdir.OtherConfiguration, match="another configuration"):
+            workdir.check_config(folder, config.to_dict())
+
+    config = changed_config(initial_weights=str(copied))
+    with caplog.at_level("INFO", "cnnjax"):
+        loop.adopt(config, folder)
+    workdir.check_config(folder, config.to_dict())
+    assert caplog.messages[-1].endswith("copied.safetensors', which has the same contents")
 
 
 def test_imagenets_moments_are_for_colors():
@@ -752,6 +850,32 @@ def test_wrong_options_of_the_study_are_named(options, message, tmp_path, capsys
     assert study.main(["--workdir", str(tmp_path / "out"), *options.split()]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_stopped_network_of_the_study_continues_with_the_same_weights(tmp_path, monkeypatch):
+    """The folder of the weights may be written in another way; other weights are refused."""
+    file = tmp_path / "weights.safetensors"
+    file.write_bytes(b"weights")
+    monkeypatch.chdir(tmp_path)
+    settings = {"dataset": "digits", "model": "lenet", "initial_weights": file.name}
+
+    def stop(config, folder):
+        with Checkpoints(folder / "checkpoints", 1) as checkpoints:
+            checkpoints.save(1, {"x": np.zeros(1)}, {"initial_weights_sha256": sha256(file)})
+        raise workdir.Interrupted
+
+    def finish(config, folder):
+        files.write_json(folder / "results.json", {"final": {"test_error": 0.25}})
+
+    monkeypatch.setattr(loop, "run", stop)
+    with pytest.raises(workdir.Interrupted):
+        study.train(tmp_path / "run", settings)
+    other = tmp_path / "other.safetensors"
+    other.write_bytes(b"other weights")
+    monkeypatch.setattr(loop, "run", finish)
+    with pytest.raises(workdir.OtherConfiguration, match="initial_weights='weights.safetensors'"):
+        study.train(tmp_path / "run", settings | {"initial_weights": str(other)})
+    assert study.train(tmp_path / "run", settings | {"initial_weights": str(file)}) == 0.75
 
 
 def test_results_of_two_weight_files_are_not_mixed(tmp_path, monkeypatch):

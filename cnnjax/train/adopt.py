@@ -3,12 +3,15 @@
 import logging
 import os
 import pathlib
+from typing import Any
 
 import ml_collections
 
+from cnnjax import transfer
 from cnnjax.models import list_models
 from cnnjax.models.base import name_with_file
 from cnnjax.runtime import backend, files, workdir
+from cnnjax.runtime.paths import sha256
 from cnnjax.train import defaults, results
 from cnnjax.train.checkpoints import Checkpoints
 from cnnjax.train.run import find_network
@@ -48,7 +51,8 @@ def complete_record(config: ml_collections.ConfigDict, folder: pathlib.Path) -> 
         if config[key] == current[key]:
             config[key] = value
     # If the configurations differ otherwise, the run will be refused and keeps its record.
-    if workdir.differences(completed, config.to_dict()) <= _ADOPTED | {"model"}:
+    accepted = _ADOPTED | {"initial_weights", "model"}
+    if workdir.differences(completed, config.to_dict()) <= accepted:
         if missing:
             _LOG.info("%s was begun without %s: as before", folder, ", ".join(missing))
         files.write_json(folder / "config.json", completed)
@@ -78,6 +82,7 @@ def adopt_changes(config: ml_collections.ConfigDict, folder: pathlib.Path) -> No
       run and it can continue from its last checkpoint with the images that are there now;
       extended.json then records the earlier results.
     - A run continues with another `data_dir` if it holds the same training and validation images.
+    - A run continues with another path of `initial_weights` to the same contents.
     - A run continues with `skip_damaged`, since a damaged image would have ended it before.
     - A run continues with other `workers` and `checkpoint_every_steps`, which change no result.
 
@@ -97,6 +102,7 @@ def adopt_changes(config: ml_collections.ConfigDict, folder: pathlib.Path) -> No
     recorded = workdir.read_record(folder, "train")
     if recorded is None:
         return
+    recorded = _take_initial_weights(folder, recorded, config)
     recorded = _take_data_dir(folder, recorded, config)
     adopted = recorded | {key: config[key] for key in _equivalent_keys(config)}
     if _has_more_epochs(adopted, config) and workdir.has_started(folder):
@@ -106,6 +112,32 @@ def adopt_changes(config: ml_collections.ConfigDict, folder: pathlib.Path) -> No
         files.write_json(folder / "config.json", adopted)
         changed = sorted(key for key in adopted if adopted[key] != recorded.get(key))
         _LOG.info("%s has %s now", folder, ", ".join(f"{key}={adopted[key]}" for key in changed))
+
+
+def _take_initial_weights(
+    folder: pathlib.Path, recorded: dict, config: ml_collections.ConfigDict
+) -> dict:
+    """Records the present path of `initial_weights` if it has the contents that the run began with.
+
+    Returns the record. Nothing is written if the configurations differ otherwise, or if neither
+    results nor a checkpoint have the contents' SHA-256.
+    """
+    differences = workdir.differences(recorded, config.to_dict())
+    if "initial_weights" not in differences or not differences <= _ADOPTED | {"initial_weights"}:
+        return recorded
+    digest = _read_origin(folder, config, "initial_weights_sha256")
+    if not digest or not config.initial_weights:
+        return recorded
+    if sha256(transfer.weights_file(config.initial_weights)) != digest:
+        return recorded
+    moved = recorded | {"initial_weights": config.initial_weights}
+    files.write_json(folder / "config.json", moved)
+    _LOG.info(
+        "%s continues with initial_weights=%r, which has the same contents",
+        folder,
+        config.initial_weights,
+    )
+    return moved
 
 
 def _take_data_dir(folder: pathlib.Path, recorded: dict, config: ml_collections.ConfigDict) -> dict:
@@ -121,7 +153,7 @@ def _take_data_dir(folder: pathlib.Path, recorded: dict, config: ml_collections.
     differences = workdir.differences(recorded, config.to_dict())
     if "data_dir" not in differences or not differences <= _ADOPTED:
         return recorded
-    images = _read_data_record(folder, config)
+    images = _read_origin(folder, config, "data") or {}
     if "digest" not in images:
         return recorded
     build_run(config).check_data(images)
@@ -135,24 +167,24 @@ def _take_data_dir(folder: pathlib.Path, recorded: dict, config: ml_collections.
     return moved
 
 
-def _read_data_record(folder: pathlib.Path, config: ml_collections.ConfigDict) -> dict:
-    """Reads what the results, or else the last whole checkpoint, say of the images.
+def _read_origin(folder: pathlib.Path, config: ml_collections.ConfigDict, key: str) -> Any:
+    """Reads what the results, or else the last whole checkpoint, say under a key, such as "data".
 
-    It is empty if neither says anything.
+    Returns None if neither says anything.
     """
     # The checkpoints of a finished run may have been removed.
     path = folder / "results.json"
     if path.exists():
-        recorded = files.read_json(path).get("data")
+        recorded = files.read_json(path).get(key)
         if recorded:
             return recorded
     if not (folder / "checkpoints").is_dir():
-        return {}
+        return None
     with Checkpoints(folder / "checkpoints", config.keep_checkpoints) as checkpoints:
         steps = checkpoints.steps()
         if not steps:
-            return {}
-        return checkpoints.record(steps[-1]).get("data", {})
+            return None
+        return checkpoints.record(steps[-1]).get(key)
 
 
 def is_equivalent(config: ml_collections.ConfigDict, folder: pathlib.Path) -> bool:

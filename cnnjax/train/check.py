@@ -156,6 +156,18 @@ def _check_parts(config: ml_collections.ConfigDict, model: Network) -> None:
         raise ValueError(f"freeze={config.freeze} leaves no parameter to train")
 
 
+def _check_frozen_rates(config: ml_collections.ConfigDict) -> None:
+    """Refuses rates of parts that are frozen as a whole."""
+    model = create_model(config.model, **config.model_fields)
+    frozen = transfer.select(model, tuple(config.freeze), "freeze")
+    for pair in config.rates:
+        if transfer.select(model, pair[0], "rates") <= frozen:
+            raise ValueError(
+                f"rates={config.rates}: freeze={config.freeze} freezes all of {pair[0]!r}, so its "
+                "rate would have no effect; leave out this pair"
+            )
+
+
 def _check_initial_weights(config: ml_collections.ConfigDict, folder: pathlib.Path | None) -> None:
     """Checks that there are initial weights, unless a run in the folder has started from them."""
     if not config.initial_weights:
@@ -206,11 +218,12 @@ def _check_unread(
 ) -> None:
     """Refuses changed keys without effect.
 
-    They are image sizes for data in memory, and keys that the schedule does not read. A run that
-    has started may keep them.
+    They are rates of frozen parts, image sizes for data in memory, and keys that the schedule does
+    not read. A run that has started may keep them.
     """
     if folder is not None and workdir.has_started(folder):
         return
+    _check_frozen_rates(config)
     default = defaults.get_config()
     if not is_streamed(config):
         for key in ("image_size", "resize"):

@@ -17,6 +17,7 @@ from cnnjax.data import splits
 from cnnjax.models import Network
 from cnnjax.models.base import digest_network
 from cnnjax.nn.parameters import eval_shape
+from cnnjax.runtime import files, workdir
 from cnnjax.runtime.paths import sha256
 from cnnjax.train import evaluate, step
 from cnnjax.train.data import TrainingData, open_data
@@ -106,6 +107,7 @@ class Training:
                 _count_parameters(pretrained),
                 _count_parameters(weights.variable_shapes(self.model)),
             )
+            _warn_of_other_scale(self.config, self.data.moments[1])
         return step.init(self.recipe, self.data.image_shape, self.numbers, pretrained)
 
     def state_shapes(self) -> step.State:
@@ -216,6 +218,38 @@ def build_run(config: ml_collections.ConfigDict) -> Training:
 def _count_parameters(variables: dict) -> str:
     """Counts the parameters among variables: "11,689,512"."""
     return f"{sum(leaf.size for leaf in jax.tree.leaves(variables.get('params', {}))):,}"
+
+
+def _warn_of_other_scale(config: ml_collections.ConfigDict, std: np.ndarray) -> None:
+    """Logs a warning if the run of the initial weights scaled its images very differently.
+
+    Only runs and combinations record their scale; those of earlier versions do not.
+
+    Args:
+      config: the configuration.
+      std: the standard deviation that pixels are divided by, [channels].
+    """
+    file = transfer.weights_file(config.initial_weights)
+    path = file.with_name("results.json")
+    is_run = any(workdir.read_record(file.parent, kind) for kind in ("train", "combine"))
+    if file.name != transfer.WEIGHTS or not is_run or not path.is_file():
+        return
+    source_std = np.array(files.read_json(path).get("std", []))
+    # The first layer does not fit images of another number of channels.
+    if source_std.shape != std.shape:
+        return
+    differs = (std > 2 * source_std) | (source_std > 2 * std)
+    if differs.any():
+        channel = differs.argmax()
+        _LOG.warning(
+            "pixels=%r divides images by a standard deviation of %.2g, the run of "
+            "initial_weights=%r by %.2g, so that its layers get inputs of another scale; use the "
+            "`pixels` of that run",
+            config.pixels,
+            std[channel],
+            config.initial_weights,
+            source_std[channel],
+        )
 
 
 @contextlib.contextmanager
