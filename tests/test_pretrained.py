@@ -1,6 +1,5 @@
 """Published weights: their records, their downloads, and their use in commands."""
 
-import concurrent.futures
 import dataclasses
 import errno
 import fcntl
@@ -245,26 +244,27 @@ def test_a_process_that_waits_downloads_after_one_that_met_another_file(
 ):
     url, _ = server
     path = tmp_path / "w.pth"
-    is_waiting = threading.Event()
-    with concurrent.futures.ThreadPoolExecutor() as pool:
-        waiting = []
+    has_opened = threading.Event()
+    results = []
 
-        def lock(stream, operation, lock=fcntl.flock):
-            if waiting:
-                is_waiting.set()
-            lock(stream, operation)
+    def wait():
+        lock = fcntl.flock
+        monkeypatch.setattr(fcntl, "flock", lambda *arguments: (has_opened.set(), lock(*arguments)))
+        results.append(download.download(url, path, SHA256))
 
-        def digest(partial, digest=download.sha256):
-            if not waiting:
-                waiting.append(pool.submit(download.download, url, path, SHA256))
-                assert is_waiting.wait(60)
-            return digest(partial)
+    waiting = threading.Thread(target=wait)
 
-        monkeypatch.setattr(fcntl, "flock", lock)
+    def digest(partial, digest=download.sha256):
         monkeypatch.setattr(download, "sha256", digest)
-        with pytest.raises(OSError, match="is another file"):
-            download.download(url, path, "00000000")
-        assert waiting[0].result(60) == path
+        waiting.start()
+        assert has_opened.wait(60)
+        return digest(partial)
+
+    monkeypatch.setattr(download, "sha256", digest)
+    with pytest.raises(OSError, match="is another file"):
+        download.download(url, path, "00000000")
+    waiting.join(60)
+    assert results == [path]
     assert path.read_bytes() == CONTENT
     assert list(tmp_path.iterdir()) == [path]
 

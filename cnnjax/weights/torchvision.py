@@ -191,8 +191,8 @@ def _advice(
         example = tensors.names[min(tensors)]
         return (
             f"none of the file's names is one of the model's; the file's are like {example}, the "
-            f"model's like {min(wanted)}: choose the network of the file, or read its tensors with "
-            "cnnjax.weights.read, rename them and save them with safetensors.numpy.save_file"
+            f"model's like {min(wanted)}: choose the network of the file, or rename its tensors, "
+            "which cnnjax.weights.read returns"
         )
     if misfits.foreign:
         advice = (
@@ -206,7 +206,7 @@ def _advice(
         if classes:
             return (
                 f"the file is of {classes} classes, the model of {model.num_classes}; "
-                f"create_model(NAME, num_classes={classes}) has as many"
+                f"load_torchvision reads it into create_model(NAME, num_classes={classes})"
             )
         return "the file is of another network or other fields"
     held = {key.split(".")[0] for key in tensors}
