@@ -63,7 +63,6 @@ def published(
     Raises `ValueError` if there are no such weights, or if the file has those of another tag.
     """
     from cnnjax.data.photographs import open_rgb
-    from cnnjax.weights import load_pretrained
     from cnnjax.weights.preprocessing import resize_and_crop
 
     record, is_published = _find_record(name, tag, path)
@@ -79,8 +78,18 @@ def published(
         views=1,
         read=lambda file: resize_and_crop(open_rgb(file), resized),
         moments=imagenet.MOMENTS,
-        load=lambda: load_pretrained(name, tag=record.tag, path=path),
+        load=lambda: _load(name, record.tag, path),
     )
+
+
+def _load(name: str, tag: str, path: str | None) -> tuple["Network", dict]:
+    """Loads a network and its weights; arguments as `published`."""
+    from cnnjax import weights
+    from cnnjax.models import create_model
+
+    model = create_model(name, **weights.fields_for(name, "imagenet" if path is None else path))
+    file = weights.fetch(name, tag) if path is None else path
+    return model, weights.load_torchvision(file, model)
 
 
 def _find_record(name: str, tag: str | None, path: str | None) -> tuple[records.Record, bool]:
@@ -95,10 +104,8 @@ def _find_record(name: str, tag: str | None, path: str | None) -> tuple[records.
     file_record = records.of_file(path)
     if file_record is None or file_record.network != record.network:
         return record, False
-    if tag is not None and record != file_record:
-        raise ValueError(
-            f"tag={tag!r} does not fit weights={path!r}, which holds {file_record.tag}"
-        )
+    if tag is not None:
+        records.check_tag(record, path, "weights")
     return file_record, True
 
 

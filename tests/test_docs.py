@@ -26,7 +26,7 @@ from cnnjax.position import results as position_results
 from cnnjax.position.targets import target
 from cnnjax.runtime import command, configuration, files, jobs
 from cnnjax.train import defaults, loop
-from cnnjax.weights import download
+from cnnjax.weights import download, pth
 from configs import lenet_digits
 from experiments import mlp_vs_convnet
 
@@ -238,6 +238,12 @@ def test_python_runs(page, tmp_path, monkeypatch):
     for name, classes in (("published.safetensors", 1000), ("mine.pth", 5)):
         model = create_model("squeezenet1_1", num_classes=classes)
         weights.save_torchvision(quick.variables(model), name)
+    # Two encoders, with prefixes of their names.
+    encoders = {}
+    for name, tensor in weights.read("mine.pth").items():
+        for prefix in ("module.encoder_q.", "module.encoder_k."):
+            encoders[f"{prefix}{name}"] = tensor
+    pth.write(encoders, pathlib.Path("moco.pth"))
     monkeypatch.setattr(download, "fetch", lambda name, tag: "published.safetensors")
     names: dict = {}
     listed: list = []

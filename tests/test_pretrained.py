@@ -1,6 +1,8 @@
 """Published weights: their records, their downloads, and their use in commands."""
 
 import dataclasses
+import errno
+import fcntl
 import functools
 import hashlib
 import http.server
@@ -233,7 +235,52 @@ def test_a_file_of_another_hash_is_not_kept(server, tmp_path):
     url, _ = server
     with pytest.raises(OSError, match=f"SHA-256 begins with {SHA256}, .* with 00000000"):
         download.download(url, tmp_path / "w.pth", "00000000")
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["w.pth.partial"]
+    assert (tmp_path / "w.pth.partial").read_bytes() == b""
+
+
+def test_a_process_that_waits_downloads_after_one_that_met_another_file(
+    server, tmp_path, monkeypatch
+):
+    url, _ = server
+    path = tmp_path / "w.pth"
+    has_opened = threading.Event()
+    results = []
+
+    def wait():
+        lock = fcntl.flock
+        monkeypatch.setattr(fcntl, "flock", lambda *arguments: (has_opened.set(), lock(*arguments)))
+        results.append(download.download(url, path, SHA256))
+
+    waiting = threading.Thread(target=wait)
+
+    def digest(partial, digest=download.sha256):
+        monkeypatch.setattr(download, "sha256", digest)
+        waiting.start()
+        assert has_opened.wait(60)
+        return digest(partial)
+
+    monkeypatch.setattr(download, "sha256", digest)
+    with pytest.raises(OSError, match="is another file"):
+        download.download(url, path, "00000000")
+    waiting.join(60)
+    assert results == [path]
+    assert path.read_bytes() == CONTENT
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_system_without_locks_is_enough(server, tmp_path, monkeypatch):
+    errors = [errno.EIO, errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EPERM]
+
+    def lock(stream, operation):
+        raise OSError(errors[0], "no lock")
+
+    monkeypatch.setattr(fcntl, "flock", lock)
+    with pytest.raises(OSError, match="no lock"):
+        download.download(server[0], tmp_path / "w.pth", SHA256)
+    while errors := errors[1:]:
+        path = download.download(server[0], tmp_path / f"{errors[0]}.pth", SHA256)
+        assert path.read_bytes() == CONTENT
 
 
 @pytest.mark.slow
@@ -291,7 +338,10 @@ def test_without_a_network_one_line_says_what_to_put_where(name, caches):
     for part in (record.file, record.url, f"put it into {caches}/torch/hub/checkpoints"):
         assert part in str(error.value)
     assert str(error.value).startswith(f"no weights of '{name}' were found or downloaded (")
-    assert str(error.value).endswith("(--weights FILE, path=FILE or --config.initial_weights=FILE)")
+    assert str(error.value).endswith(
+        "(--weights FILE, path=FILE, --config.weights=FILE of the position study or "
+        "--config.initial_weights=FILE of training)"
+    )
     assert "\n" not in str(error.value)
 
 
@@ -515,7 +565,7 @@ def test_published_weights_are_not_taken_by_a_network_without_the_conversion(ren
         transfer.load_initial_weights(renamed, model)
     with pytest.raises(ValueError, match=f"^weights=.*{message}"):
         weights.load_torchvision(renamed, model)
-    with pytest.raises(ValueError, match=f"^weights=.*{message}"):
+    with pytest.raises(ValueError, match=f"^path=.*{message}"):
         cnnjax.load_pretrained("googlenet", path=renamed, transform_input=False)
 
 
@@ -552,10 +602,11 @@ def test_a_runs_weights_are_not_taken_by_a_network_of_another_input(
             {"seed": 2**64},
             "seed=18446744073709551616 is not a whole number of at least",
         ),
+        ("resnet50", {"tag": ""}, "tag='' is not one of resnet50's: imagenet1k_v1, imagenet1k_v2"),
         (
             "resnet50",
-            {"tag": None},
-            "tag=None is not one of resnet50's: imagenet1k_v1, imagenet1k_",
+            {"tag": "imagenet1k_v1", "path": "a/resnet50-11ad3fa6.pth"},
+            "tag='imagenet1k_v1' does not fit path='a/resnet50-11ad3fa6.pth', which holds imagenet",
         ),
         ("resnet50", {"tag": 2}, "tag=2 is not one of resnet50's"),
         (
@@ -597,6 +648,73 @@ def test_a_pretrained_network_with_its_own_head_and_with_another(tmp_path):
     assert not head["bias"].any()
     variables["params"].pop("classifier.1")
     jax.tree.map(np.testing.assert_array_equal, loaded, variables)
+
+
+@pytest.fixture(scope="module")
+def trunk():
+    """Returns SqueezeNet's variables without its head."""
+    variables = numbered(create_model("squeezenet1_1"))
+    variables["params"].pop("classifier.1")
+    return variables
+
+
+@pytest.mark.parametrize("classes", [None, 3, 7, 1000])
+def test_a_new_head_needs_none_in_the_file(classes, trunk, tmp_path, caplog):
+    """Nor does the file's have to fit; a warning says so if it has as many classes."""
+    params = trunk["params"]
+    if classes is not None:
+        head = {"kernel": np.ones((1, 1, 512, classes), np.float32), "bias": np.ones(classes)}
+        params = params | {"classifier.1": head}
+    path = tmp_path / "w.safetensors"
+    weights.save_torchvision({"params": params}, path)
+    model, loaded = cnnjax.load_pretrained("squeezenet1_1", path=path, num_classes=7)
+    head = loaded["params"].pop("classifier.1")
+    assert model.num_classes == 7 and head["kernel"].shape == (1, 1, 512, 7)
+    assert not head["bias"].any()
+    jax.tree.map(np.testing.assert_array_equal, loaded["params"], trunk["params"])
+    assert [message.split(": ")[1] for message in caplog.messages] == (
+        [
+            "its head of 7 classes is not read, since num_classes asks for a new one; create_model "
+            "and load_torchvision keep it"
+        ]
+        if classes == 7
+        else []
+    )
+
+
+def test_a_head_of_several_layers_is_not_read_either(tmp_path):
+    """As of MoCo v2, whose head is a `Sequential`."""
+    variables = numbered(create_model("squeezenet1_1"))
+    params = variables["params"]
+    params["classifier.1.0"] = params.pop("classifier.1")
+    params["classifier.1.2"] = params["classifier.1.0"]
+    path = tmp_path / "w.safetensors"
+    weights.save_torchvision(variables, path)
+    _, loaded = cnnjax.load_pretrained("squeezenet1_1", path=path, num_classes=2)
+    assert loaded["params"]["classifier.1"]["bias"].shape == (2,)
+    # What lies elsewhere is refused.
+    params["queue"] = {"bias": np.ones(2, np.float32)}
+    weights.save_torchvision(variables, path)
+    message = r"^path=.*the file holds tensors that the model lacks.*: queue.bias \(2,\)$"
+    with pytest.raises(ValueError, match=message):
+        cnnjax.load_pretrained("squeezenet1_1", path=path, num_classes=2)
+
+
+def test_predict_says_weights_of_a_file_that_does_not_fit(trunk, tmp_path, capsys):
+    path = tmp_path / "w.safetensors"
+    weights.save_torchvision(trunk, path)
+    arguments = ["squeezenet1_1", str(PHOTOGRAPHS / "chelsea.png"), "--weights", str(path)]
+    assert exit_code(predict.main, arguments) == 2
+    assert f"weights='{path}' does not fit the model (" in capsys.readouterr().err
+    message = (
+        rf"^path='{path}' does not fit .*if the file is known to lack these modules, name them: "
+        r"missing=\('classifier',\) in cnnjax\.weights\.load_torchvision, "
+    )
+    with pytest.raises(ValueError, match=message):
+        cnnjax.load_pretrained("squeezenet1_1", path=path)
+    model = create_model("squeezenet1_1")
+    loaded = weights.load_torchvision(path, model, missing=("classifier",))
+    jax.tree.map(np.testing.assert_array_equal, loaded["params"], trunk["params"])
 
 
 def real(data_dir) -> list[str]:

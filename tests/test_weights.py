@@ -279,12 +279,24 @@ def test_names_of_parallel_training_and_of_old_densenets(tmp_path):
 
 @pytest.mark.parametrize(
     "prefix",
-    ["_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "model.", "model._orig_mod."],
+    [
+        "_orig_mod.",
+        "module._orig_mod.",
+        "_orig_mod.module.",
+        "model.",
+        "model._orig_mod.",
+        "net.",
+        "learner.backbone.",
+        "module.encoder_q.",
+        "encoder._orig_mod.",
+    ],
 )
-def test_wrappers_in_any_order_are_understood(prefix, tmp_path):
+def test_wrappers_and_prefixes_of_all_names_are_understood(prefix, tmp_path):
+    """A counter of AveragedModel stands outside the network."""
     model = create_model("lenet5", num_classes=3)
     variables = numbered(model)
     tensors = {prefix + key: value for key, value in state_dict(variables).items()}
+    tensors["n_averaged"] = np.array(5)
     path = tmp_path / "wrapped.safetensors"
     safetensors.numpy.save_file(tensors, path)
     loaded = weights.load_torchvision(path, model)
@@ -320,6 +332,19 @@ def test_a_prefix_of_some_names_is_no_wrapper(tmp_path):
     tensors = {"model.fc.bias": np.zeros(1), "loss.weight": np.ones(1)}
     safetensors.numpy.save_file(tensors, tmp_path / "w.safetensors")
     assert weights.read(tmp_path / "w.safetensors") == tensors
+
+
+def test_a_prefix_is_removed_only_where_the_model_knows_the_rest(tmp_path):
+    tensors = {"net.fc.bias": np.zeros(1), "net.fc.weight": np.ones(1)}
+    safetensors.numpy.save_file(tensors, tmp_path / "w.safetensors")
+    names = {
+        (): ["net.fc.bias", "net.fc.weight"],
+        ("fc.bias",): ["fc.bias", "fc.weight"],
+        ("bias",): ["bias", "weight"],
+        ("net.fc.bias", "fc.weight"): ["net.fc.bias", "net.fc.weight"],
+    }
+    for known, expected in names.items():
+        assert sorted(weights.read(tmp_path / "w.safetensors", known)) == expected
 
 
 class OtherLeaves(Network):
@@ -464,8 +489,15 @@ def test_a_refusal_shows_the_files_own_names(tmp_path):
     ):
         assert part in str(error.value)
     assert "missing" not in str(error.value)
-    safetensors.numpy.save_file({f"net.{key}": value for key, value in tensors.items()}, path)
-    advice = r"none of the file's names .* are like net.c1.bias, the model's like c1.bias"
+    safetensors.numpy.save_file({f"a.{key}": tensors[key][:1] for key in tensors}, path)
+    with pytest.raises(ValueError, match="of another shape: a.c1.bias is "):
+        weights.load_torchvision(path, model)
+    renamed = {f"a.{key}.b": value for key, value in tensors.items()}
+    safetensors.numpy.save_file(renamed, path)
+    advice = (
+        "none of the file's names .* are like a.c1.bias.b, the model's like c1.bias: choose the "
+        "network of the file, or rename its tensors, which cnnjax.weights.read returns"
+    )
     with pytest.raises(ValueError, match=advice):
         weights.load_torchvision(path, model)
 
@@ -481,13 +513,15 @@ def test_the_advice_leads_to_weights_that_load(tmp_path):
         return str(error.value)
 
     ten = model.clone(num_classes=10)
-    advice = "(the file is of 10 classes, the model of 3)"
-    assert advice in refusal(state_dict(numbered(ten)))
+    advice = refusal(state_dict(numbered(ten)))
+    assert "(the file is of 10 classes, the model of 3; load_torchvision reads it into" in advice
+    assert "into create_model(NAME, num_classes=10))" in advice
     assert weights.load_torchvision(path, ten)["params"]["output"]["bias"].shape == (10,)
 
     tensors = state_dict(numbered(model))
     without_head = {key: value for key, value in tensors.items() if key[0] not in "fo"}
-    assert "name them: missing=('f6', 'output',)" in refusal(without_head)
+    advice = "name them: missing=('f6', 'output',) in cnnjax.weights.load_torchvision, visualize or"
+    assert advice in refusal(without_head)
     assert len(weights.load_torchvision(path, model, missing=("f6", "output"))["params"]) == 5
 
     part = {key: value for key, value in tensors.items() if key != "f6.bias"}

@@ -9,6 +9,7 @@ A file is looked for in this order:
    the file goes to PyTorch's cache.
 """
 
+import errno
 import fcntl
 import functools
 import http.client
@@ -85,7 +86,8 @@ def fetch(name: str, tag: str = records.V1) -> str:
     raise RuntimeError(
         f"no weights of {name!r} were found or downloaded ({'; '.join(reasons)}); download "
         f"{record.url} on another machine and put it into {cached.parent}, or give the path of a "
-        "file that you have (--weights FILE, path=FILE or --config.initial_weights=FILE)"
+        "file that you have (--weights FILE, path=FILE, --config.weights=FILE of the position "
+        "study or --config.initial_weights=FILE of training)"
     )
 
 
@@ -175,7 +177,7 @@ def download(url: str, path: pathlib.Path, prefix: str) -> pathlib.Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     with partial.open("ab") as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)
+        _lock(stream)
         if path.is_file():  # another process has finished the download meanwhile
             return path
         _LOG.info("downloading %s to %s", url, path.parent)
@@ -190,13 +192,27 @@ def download(url: str, path: pathlib.Path, prefix: str) -> pathlib.Path:
         files.sync(partial)
         digest = sha256(partial)
         if not digest.startswith(prefix):
-            partial.unlink()
+            stream.truncate(0)  # others that wait for the lock go on with this file
             raise OSError(
                 f"{url} is another file: its SHA-256 begins with {digest[: len(prefix)]}, the "
                 f"published file's with {prefix}"
             )
         partial.replace(path)
     return path
+
+
+def _lock(stream: BinaryIO) -> None:
+    """Waits until no other process has locked a file, and locks it until it is closed.
+
+    Some file systems have no locks. There, two processes that download one file at the same time
+    spoil it, which its hash shows.
+    """
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+    except OSError as error:
+        no_locks = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EPERM)
+        if error.errno not in no_locks:
+            raise
 
 
 def _receive(url: str, stream: BinaryIO) -> bool:

@@ -56,6 +56,23 @@ def _unwrapped(name: str, known: Collection[str]) -> str:
     return name
 
 
+def _prefix(keys: list[str], known: Collection[str]) -> str:
+    """Returns what stands before a network's names in all keys, such as "net."; often nothing.
+
+    It is the shortest prefix without which a key is `known`, or else Lightning's.
+    """
+    is_known = lambda key: _unwrapped(key, known) in known
+    # A network of the user's may itself have a module of that name.
+    if any(map(is_known, keys)):
+        return ""
+    common = os.path.commonprefix(keys)
+    for dot in re.finditer(r"\.", common):
+        prefix = common[: dot.end()]
+        if any(is_known(key.removeprefix(prefix)) for key in keys):
+            return prefix
+    return _LIGHTNING if common.startswith(_LIGHTNING) else ""
+
+
 def _torchvision_names(keys: list[str], known: Collection[str]) -> dict[str, str]:
     """Maps torchvision's names to a file's own, leaving out counters.
 
@@ -63,16 +80,12 @@ def _torchvision_names(keys: list[str], known: Collection[str]) -> dict[str, str
 
     Raises `ValueError` if two tensors would have one name.
     """
+    keys = [key for key in keys if key in known or key.split(".")[-1] not in _COUNTERS]
     is_timm_vgg = any(key.startswith("pre_logits.") for key in keys)
     renamed = _TIMM_VGG if is_timm_vgg else {}
-    prefix = _LIGHTNING if all(key.startswith(_LIGHTNING) for key in keys) else ""
-    # A network of the user's may itself have a module of that name.
-    if any(_unwrapped(key, known) in known for key in keys):
-        prefix = ""
+    prefix = _prefix(keys, known)
     names: dict[str, str] = {}
     for own in keys:
-        if own not in known and own.split(".")[-1] in _COUNTERS:
-            continue
         name = _unwrapped(own.removeprefix(prefix), known)
         if name not in known:
             name = _OLD_DENSENET.sub(r"\1\2", name)
@@ -104,9 +117,9 @@ def read(
 
     Nothing in a file can run code. The names may hold the wrappers of DataParallel, torch.compile,
     AveragedModel and Lightning (`model.`, if all names begin so), be DenseNet's old names or timm's
-    names of VGG, and lie under `state_dict`, `model_state_dict` or `model` in a checkpoint.
-    Counters, such as BatchNorm's, are left out. A file with the name of a published one must have
-    its hash.
+    names of VGG, and lie under `state_dict`, `model_state_dict`, `model` or `net` in a checkpoint.
+    With `known` names, any other prefix of all names, such as `net.`, is removed, too. Counters,
+    such as BatchNorm's, are left out. A file with the name of a published one must have its hash.
 
     Args:
       path: the file; `~` is expanded.

@@ -21,7 +21,8 @@ from cnnjax.weights.unpickling import DTYPES, Interpreter, Storage, Tensor, Unre
 _ZIP = b"PK\x03\x04"
 # Protocol 2, the magic number as LONG1, STOP.
 _LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
-_WRAPPERS = ("state_dict", "model_state_dict", "model")  # where checkpoints keep the weights
+# Where checkpoints keep the weights.
+_WRAPPERS = ("state_dict", "model_state_dict", "model", "net")
 _STORAGE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -123,15 +124,20 @@ def _describe(value: Any) -> str:
 
 
 def _state_dict(value: Any) -> dict[str, Tensor]:
-    """Returns the tensors by name, taken out of a checkpoint's wrapper."""
-    for name in _WRAPPERS:
+    """Returns the tensors by name, taken out of a checkpoint's wrappers."""
+    # Twice, since a wrapper may hold another one: {"model": {"state_dict": ...}}. A hostile one
+    # may hold itself.
+    for name in _WRAPPERS * 2:
         if isinstance(value, dict) and isinstance(value.get(name), (dict, Unread)):
             value = value[name]
     if not isinstance(value, dict):
         raise ValueError(f"expected a state dict; it holds {_describe(value)}")
     for key, tensor in value.items():
-        if not isinstance(key, str) or not isinstance(tensor, Tensor):
-            raise ValueError(f"expected tensors; {str(key)[:60]!r} is {_describe(tensor)}")
+        if not isinstance(tensor, Tensor):
+            raise ValueError(
+                f"expected tensors, alone or under one of the keys {', '.join(_WRAPPERS)}; "
+                f"{key[:60]!r} is {_describe(tensor)}"
+            )
     return value
 
 
@@ -154,7 +160,8 @@ def read(path: pathlib.Path) -> dict[str, np.ndarray]:
 
     The arrays are read-only views of the mapped file: numbers are read on use, and the file's size
     bounds the memory. The formats are zip and legacy, with a state dict alone or in a checkpoint,
-    under `state_dict`, `model_state_dict` or `model`. What else a checkpoint holds is passed over.
+    under `state_dict`, `model_state_dict`, `model` or `net`. What else a checkpoint holds is passed
+    over.
 
     Raises `ValueError` if there is no state dict, or if it holds anything but tensors.
     """

@@ -213,6 +213,18 @@ def _digest(path: pathlib.Path, size: int, modified: int) -> str:
     return sha256(path)
 
 
+def check_tag(record: Record, path: str | os.PathLike, argument: str) -> None:
+    """Raises `ValueError` if a file holds published weights of the record's network, but others.
+
+    `argument` is what the error calls `path`.
+    """
+    held = of_file(path)
+    if held is not None and held.network == record.network and held != record:
+        raise ValueError(
+            f"tag={record.tag!r} does not fit {argument}={str(path)!r}, which holds {held.tag}"
+        )
+
+
 def check_sha256(path: pathlib.Path, prefix: str) -> None:
     """Raises `ValueError` if the file's SHA-256 does not begin with `prefix`."""
     digest = sha256(path)

@@ -191,7 +191,8 @@ def _advice(
         example = tensors.names[min(tensors)]
         return (
             f"none of the file's names is one of the model's; the file's are like {example}, the "
-            f"model's like {min(wanted)}: choose the network of the file, or rename its tensors"
+            f"model's like {min(wanted)}: choose the network of the file, or rename its tensors, "
+            "which cnnjax.weights.read returns"
         )
     if misfits.foreign:
         advice = (
@@ -203,14 +204,20 @@ def _advice(
     if misfits.misshapen:
         classes = None if misfits.absent else _count_classes(misfits, tensors, wanted, model)
         if classes:
-            return f"the file is of {classes} classes, the model of {model.num_classes}"
+            return (
+                f"the file is of {classes} classes, the model of {model.num_classes}; "
+                f"load_torchvision reads it into create_model(NAME, num_classes={classes})"
+            )
         return "the file is of another network or other fields"
     held = {key.split(".")[0] for key in tensors}
     lacking = {key.split(".")[0] for key in misfits.absent}
     if held & lacking:
         return f"the file holds only parts of {', '.join(sorted(held & lacking))}"
     names = "".join(f"{name!r}, " for name in sorted(lacking))
-    return f"if the file is known to lack these modules, name them: missing=({names.strip()})"
+    return (
+        f"if the file is known to lack these modules, name them: missing=({names.strip()}) in "
+        "cnnjax.weights.load_torchvision, visualize or the position study"
+    )
 
 
 def _count_classes(

@@ -19,7 +19,6 @@ import numpy as np
 _MOST_PICKLE_BYTES = 4 << 20
 _MOST_NAME_BYTES = 200
 _MOST_DIMENSIONS = 16
-_MOST_KEY = 2**31  # of the integer keys that optimizers use
 
 DTYPES = {
     "torch.FloatStorage": np.dtype(np.float32),
@@ -162,15 +161,14 @@ _NAMES = {*_FUNCTIONS, *DTYPES, *_CONSTANTS}
 
 
 def _put(target: dict | Unread, key: Any, value: Any) -> None:
-    """Puts an item into a dictionary, if its key is text or a small number.
+    """Puts an item into a dictionary if its key is text; drops it otherwise.
 
-    A state dict has no other keys. Items whose key is an unknown object, None, True, False or a
-    fraction are dropped. Raises `ValueError` for other keys, since hashing them can take forever.
+    A state dict has no other keys. Optimizers, whose state lies beside the weights, number their
+    parameters; before PyTorch 1.6, by their addresses in memory. Such keys are not hashed, since
+    hashing a hostile one can take forever.
     """
-    if isinstance(key, str) or (_is_count(key) and key < _MOST_KEY):
+    if isinstance(key, str):
         target[key] = value
-    elif not isinstance(key, (Unread, type(None), bool, float)):
-        raise ValueError(f"a dictionary has a key of type {type(key).__name__}")
 
 
 def _storage(identity: Any) -> Storage:
@@ -213,8 +211,13 @@ class Interpreter:
             _STEPS[opcode](self)
 
     def _bytes(self, count: int) -> bytes:
+        if count > len(self.data) - self.at:
+            raise ValueError("the pickle is cut short")
         if count > self.end - self.at:
-            raise ValueError("the pickle is cut short, or longer than any state dict's")
+            raise ValueError(
+                f"the pickle is longer than {_MOST_PICKLE_BYTES >> 20} MiB, more than any state "
+                "dict needs; save model.state_dict() alone"
+            )
         self.at += count
         return bytes(self.data[self.at - count : self.at])
 
