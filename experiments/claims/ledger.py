@@ -115,6 +115,13 @@ def not_computed(reason: str) -> Verdict:
     return Verdict(NOT_COMPUTED, reason, {})
 
 
+def is_above(value: float, boundary: float, half: float) -> bool | None:
+    """Tells whether value ± half is above a boundary; None if the interval includes it."""
+    if abs(value - boundary) <= half:
+        return None
+    return value > boundary
+
+
 def contradicted(reason: str) -> Verdict:
     """Returns the verdict on a statement that a publication named in `reason` contradicts."""
     return Verdict(CONTRADICTED, reason, {})

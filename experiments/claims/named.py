@@ -50,7 +50,7 @@ STATEMENTS = (
     (
         "E8",
         "UBC",
-        "Pictures of ZFNet, VGG, and GoogLeNet are labeled as winners of 2012",
+        "ZFNet, VGG, and GoogLeNet, as their pictures are labeled, won in 2012",
         "AlexNet won in 2012, and the others belong to 2013 and 2014 (Russakovsky et al. 2015, "
         "arXiv 1409.0575)",
     ),

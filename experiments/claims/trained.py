@@ -28,7 +28,7 @@ from cnnjax.models import create_model
 from cnnjax.position import targets
 from cnnjax.train.schedules import learning_rates
 from configs import alexnet_imagenet, convnet_cifar10, lenet_mnist
-from experiments.claims.ledger import Section, Verdict, every, judge, not_computed
+from experiments.claims.ledger import Section, Verdict, every, is_above, judge, not_computed
 
 POSITION_STUDY = Section("The position study (Islam, Jia, and Bruce 2020)")
 TRAINED = Section("Trained networks")
@@ -74,13 +74,6 @@ def difference_half_width(first: str, second: str) -> float:
         return 0.0
     freedom = variance**2 / sum(part**2 / degree for part, degree in zip(variances, degrees))
     return float(scipy.stats.t.ppf(0.975, freedom) * math.sqrt(variance))
-
-
-def is_above(value: float, boundary: float, half: float) -> bool | None:
-    """Tells whether value ± half is above a boundary; None if the interval includes it."""
-    if abs(value - boundary) <= half:
-        return None
-    return value > boundary
 
 
 def exceeds(name: str, boundary: float = 0) -> bool | None:
