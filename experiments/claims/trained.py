@@ -441,12 +441,11 @@ def forward_passes(members: int, *, soup: bool) -> int:
         return images @ variables
 
     networks = np.ones((members, 3, 2), np.float32)
-    images = np.ones((members, 4, 3), np.float32)
     if soup:
         average = combine.average(list(networks), [1 / members] * members)
-        jax.block_until_ready(output(None, average, images[0]))
-    else:
-        jax.block_until_ready(combine.member_logits(output)(None, networks, images))
+        networks = average.reshape(-1, 3, 2)
+    images = np.ones((len(networks), 4, 3), np.float32)
+    jax.block_until_ready(combine.member_logits(output)(None, networks, images))
     jax.effects_barrier()
     return passes
 
