@@ -463,7 +463,7 @@ def soups() -> Verdict:
             "of a soup of k": soup,
             **evidence("ensemble_time", "soup_time"),
         },
-        note="counted; the times of a set of 8 agree",
+        note="counted; the measured times are of 8 networks",
     )
 
 
@@ -521,13 +521,14 @@ def redundancy() -> Verdict:
     names = ("dropout_50_first", "dropout_50_second", "dropout_80_first", "dropout_80_second")
     saves = every(*(exceeds(name) for name in names))
     saves_90 = exceeds("dropout_90_second")
+    at_90 = "save" if saves_90 else "lose"
     return judge(
         every(saves, saves_90),
         evidence(*names, "dropout_90_second"),
         as_read=every(saves, None if saves_90 is None else not saves_90),
         note="when 50 or 80 % of the units are removed; with 90 % of the second layer removed, "
-        "networks trained with dropout lose more, and a readout that is fitted again hardly needs "
-        "dropout",
+        f"networks trained with dropout {at_90} more, and a readout that is fitted again hardly "
+        "needs dropout",
     )
 
 
