@@ -521,13 +521,13 @@ def redundancy() -> Verdict:
     names = ("dropout_50_first", "dropout_50_second", "dropout_80_first", "dropout_80_second")
     saves = every(*(exceeds(name) for name in names))
     saves_90 = exceeds("dropout_90_second")
-    at_90 = "save" if saves_90 else "lose"
+    at_90 = "less" if saves_90 else "more"
     return judge(
         every(saves, saves_90),
         evidence(*names, "dropout_90_second"),
         as_read=every(saves, None if saves_90 is None else not saves_90),
         note="when 50 or 80 % of the units are removed; with 90 % of the second layer removed, "
-        f"networks trained with dropout {at_90} more, and a readout that is fitted again hardly "
+        f"networks trained with dropout lose {at_90}, and a readout that is fitted again hardly "
         "needs dropout",
     )
 
