@@ -16,11 +16,13 @@ HOLDS = "holds"
 READING = "holds under a stated reading"
 # The note gives the right value.
 WRONG = "wrong"
-# Measured, but the spread over seeds is too large for a verdict.
+# A publication that the note names says otherwise; nothing is computed.
+CONTRADICTED = "wrong by publications"
+# Measured or computed, but the numbers do not carry a verdict; the note says why.
 UNDECIDED = "undecided"
 # The note gives the reason.
 NOT_COMPUTED = "not computed"
-VERDICTS = (WRONG, READING, UNDECIDED, HOLDS, NOT_COMPUTED)
+VERDICTS = (WRONG, CONTRADICTED, READING, UNDECIDED, HOLDS, NOT_COMPUTED)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,24 +76,55 @@ class Section:
         return add
 
 
-def judge(literally: bool, computed: dict, *, as_read: bool = False, note: str = "") -> Verdict:
-    """Returns a verdict: a claim holds as stated, as the note reads it, or not.
+def judge(
+    literally: bool | None,
+    computed: dict,
+    *,
+    as_read: bool | None = False,
+    note: str = "",
+    undecided: str = "the 95 % interval of a measured number includes the boundary, or is unknown",
+) -> Verdict:
+    """Returns a verdict: a claim holds as stated, as the note reads it, or not, or is undecided.
 
     Args:
-      literally: whether the claim holds as stated.
+      literally: whether the claim holds as stated; None if the numbers do not decide.
       computed: the numbers behind the verdict, by what they are.
-      as_read: whether the claim holds in the sense that `note` states; counts only if it does not
-        hold literally.
+      as_read: whether the claim holds in the sense that `note` states, or None; counts only if it
+        does not hold literally.
       note: the sense in which the claim holds, or the right value of a wrong claim.
+      undecided: the note of an undecided claim.
     """
     if literally:
         return Verdict(HOLDS, note, computed)
-    return Verdict(READING if as_read else WRONG, note, computed)
+    if as_read:
+        return Verdict(READING, note, computed)
+    if literally is None or as_read is None:
+        return Verdict(UNDECIDED, undecided, computed)
+    return Verdict(WRONG, note, computed)
+
+
+def every(*conditions: bool | None) -> bool | None:
+    """Returns False if a condition is False, else None if one is None, else True."""
+    if any(condition is False for condition in conditions):
+        return False
+    return None if None in conditions else True
 
 
 def not_computed(reason: str) -> Verdict:
     """Returns the verdict on a statement that this library cannot check."""
     return Verdict(NOT_COMPUTED, reason, {})
+
+
+def is_above(value: float, boundary: float, half: float) -> bool | None:
+    """Tells whether value ± half is above a boundary; None if the interval includes it."""
+    if abs(value - boundary) <= half:
+        return None
+    return value > boundary
+
+
+def contradicted(reason: str) -> Verdict:
+    """Returns the verdict on a statement that a publication named in `reason` contradicts."""
+    return Verdict(CONTRADICTED, reason, {})
 
 
 def check_claims(claims: Iterable[Claim]) -> list[Finding]:

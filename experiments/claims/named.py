@@ -1,8 +1,8 @@
-"""Statements that are not computed here, with the reason."""
+"""Statements that are not computed here: the reason, or the publications that contradict them."""
 
 import functools
 
-from experiments.claims.ledger import Section, not_computed
+from experiments.claims.ledger import Section, contradicted, not_computed
 
 NAMED = Section("Named, not computed")
 
@@ -42,15 +42,17 @@ STATEMENTS = (
     (
         "E6",
         "NUS",
-        "LeNet-5 was the first convolutional network",
-        "history; LeCun et al. published one in 1989, and Fukushima's Neocognitron is of 1980",
+        "LeNet-5 (1998) was the first convolutional network",
+        "LeCun et al. (1989, Neural Computation 1) published one earlier, and Fukushima's "
+        "Neocognitron is of 1980 (Biological Cybernetics 36)",
     ),
     ("E7", "UTSA", "Biological vision is organized in hierarchical layers (1962)", "neuroscience"),
     (
         "E8",
         "UBC",
-        "Pictures of ZFNet, VGG, and GoogLeNet are labeled as winners of 2012",
-        "history; AlexNet won in 2012, and the others belong to 2013 and 2014",
+        "ZFNet, VGG, and GoogLeNet, as their pictures are labeled, won in 2012",
+        "AlexNet won in 2012, and the others belong to 2013 and 2014 (Russakovsky et al. 2015, "
+        "arXiv 1409.0575)",
     ),
     ("E9", "NUS", "VGG came second in 2014; AlexNet, GoogLeNet, and ResNet won", "history"),
     (
@@ -94,8 +96,8 @@ STATEMENTS = (
         "E17",
         "UBC UTSA",
         "AlexNet was the first network to use ReLUs",
-        "history; AlexNet's authors cite Nair and Hinton (2010) for ReLUs, and Jarrett et al. "
-        "(2009) for another rectifier; Fukushima's of 1969 is older still",
+        "AlexNet's authors (Krizhevsky et al. 2012) cite Nair and Hinton (2010) for ReLUs, and "
+        "Jarrett et al. (2009) for another rectifier; Fukushima's of 1969 is older still",
     ),
     (
         "E18",
@@ -107,9 +109,12 @@ STATEMENTS = (
         "E19",
         "UBC",
         "Puddle is a framework by Baidu",
-        "a name; the framework is called Paddle",
+        "the framework is called Paddle (Ma et al. 2019, PaddlePaddle)",
     ),
 )
+# Wrong by the publications in their reasons.
+CONTRADICTED_IDS = ("E6", "E8", "E17", "E19")
 
 for _id, _sources, _statement, _reason in STATEMENTS:
-    NAMED.claim(_id, _sources, _statement)(functools.partial(not_computed, _reason))
+    _verdict = contradicted if _id in CONTRADICTED_IDS else not_computed
+    NAMED.claim(_id, _sources, _statement)(functools.partial(_verdict, _reason))

@@ -1,7 +1,14 @@
 """The report: how many claims hold, the wrong ones first, then all of them."""
 
 from cnnjax.runtime import tables
-from experiments.claims.ledger import LECTURES, VERDICTS, WRONG, Finding, Section
+from experiments.claims.ledger import (
+    CONTRADICTED,
+    LECTURES,
+    VERDICTS,
+    WRONG,
+    Finding,
+    Section,
+)
 
 # Claims with a figure.
 PICTURES = {
@@ -55,7 +62,7 @@ def wrong_claims(findings: list[Finding]) -> str:
     """Returns a list of the wrong claims, each with the right value and its figure."""
     lines = []
     for finding in findings:
-        if finding.verdict == WRONG:
+        if finding.verdict in (WRONG, CONTRADICTED):
             sources = ", ".join(finding.sources)
             lines.append(
                 f"- **{finding.id}** ({sources}). {finding.statement}. Right: {finding.note}."
@@ -112,7 +119,9 @@ _VERDICTS = """\
 - **holds under a stated reading**: the lecture leaves something open, or is right in one sense
   only; the note says in which.
 - **wrong**: the note says what is right.
-- **undecided**: measured, but the spread over seeds is too large for a verdict.
+- **wrong by publications**: not computed; the publications that the note names say otherwise.
+- **undecided**: measured or computed, but the spread over seeds is too large or unknown, or the
+  lecture leaves out a setting that the number depends on.
 - **not computed**: the note says why."""
 
 _COMPUTED = """\
