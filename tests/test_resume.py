@@ -2,8 +2,10 @@
 
 import itertools
 import json
+import os
 import pathlib
 import re
+import signal
 import types
 
 import pytest
@@ -93,10 +95,14 @@ def test_a_failed_validation_costs_no_step(monkeypatch, tmp_path, caplog):
 
 @pytest.mark.slow
 def test_a_disk_that_was_full_for_a_moment_costs_no_step(monkeypatch, tmp_path, caplog):
-    """The next end of an epoch writes a checkpoint, though none is due, and so does the last."""
+    """The end of the epoch writes a checkpoint, though none is due; the last one is repeated.
+
+    A run that is stopped meanwhile saves, too.
+    """
     has_failed = loop.Checkpoints.has_failed
     write_json = files.write_json
     full = [8, 22]
+    signals = []
 
     def wait_and_look(self):
         self.wait()
@@ -105,6 +111,8 @@ def test_a_disk_that_was_full_for_a_moment_costs_no_step(monkeypatch, tmp_path, 
     def fail_once(path, value):
         if path.parent.name in map(str, full):
             full.remove(int(path.parent.name))
+            for number in signals:
+                os.kill(os.getpid(), number)
             raise OSError("No space left on device")
         write_json(path, value)
 
@@ -116,6 +124,14 @@ def test_a_disk_that_was_full_for_a_moment_costs_no_step(monkeypatch, tmp_path, 
     assert [match[1] for match in matches if match] == ["11", "22"]
     with loop.Checkpoints(tmp_path / "checkpoints") as checkpoints:
         assert checkpoints.steps() == [16, 22]
+
+    full.append(8)
+    signals.append(signal.SIGTERM)
+    with pytest.raises(workdir.Interrupted, match="SIGTERM after step") as stop:
+        train(tmp_path / "stopped", epochs=2, n_validation=0, checkpoint_every_steps=8)
+    with loop.Checkpoints(tmp_path / "stopped" / "checkpoints") as checkpoints:
+        assert f"after step {checkpoints.steps()[-1]} of 22, which is saved" in str(stop.value)
+    assert not full
 
 
 @pytest.mark.slow
