@@ -15,7 +15,7 @@ import numpy as np
 import optax
 import pytest
 
-from cnnjax.runtime import backend
+from cnnjax.runtime import backend, files
 from cnnjax.train import defaults, loop, results
 from cnnjax.train.checkpoints import Checkpoints, NotWritten
 
@@ -284,6 +284,25 @@ def test_a_full_disk_is_told_and_harms_nothing(tmp_path, caplog):
         step, restored, _ = checkpoints.restore(state)
         assert step == 3
         assert_equal(restored, state)
+
+
+def test_of_several_processes_one_that_cannot_write_does_not_try_again(tmp_path, monkeypatch):
+    """The others wait for it, or have not failed."""
+
+    def fail(*arguments, **options):
+        raise OSError("No space left on device")
+
+    with Checkpoints(tmp_path) as checkpoints:
+        with monkeypatch.context() as patch:
+            patch.setattr(files, "write_json", fail)
+            checkpoints.save(1, a_state(1), {})
+            checkpoints.wait()
+            patch.setattr(jax, "process_count", lambda: 2)
+            patch.setattr(checkpoints._manager, "save", fail)
+            for step in (2, 3):
+                with pytest.raises(NotWritten, match="No space left on device"):
+                    checkpoints.save(step, a_state(step), {})
+        assert checkpoints.steps() == []
 
 
 @pytest.fixture

@@ -257,9 +257,9 @@ def check_held(folder: pathlib.Path) -> None:
             is_of_this = files.read_json(own_claim).items() >= this_process.items()
             if is_of_this and not _is_own(folder / CLAIM, own_claim):
                 raise Lost(
-                    f"workdir={str(folder)!r} has been taken over: this process did not renew "
-                    f"{CLAIM} for two minutes, as when it is suspended, and another has replaced "
-                    "it; this one ends and writes nothing more"
+                    f"workdir={str(folder)!r} has been taken over: {CLAIM} is no longer that of "
+                    "this process, which did not renew it for two minutes, as when it is "
+                    "suspended; nothing more is written"
                 )
 
 

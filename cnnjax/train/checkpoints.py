@@ -141,8 +141,9 @@ class Checkpoints:
 
     def _all_steps(self) -> list[int]:
         """Lists the steps of all checkpoints, in order."""
-        # orbax does not notice which ones `_seal` has deleted.
-        return sorted(step for step in self._manager.all_steps() if self._path(step).is_dir())
+        # orbax does not notice which ones `_delete_old` has deleted.
+        names = {path.name for path in self.folder.iterdir()}
+        return sorted(step for step in self._manager.all_steps() if str(step) in names)
 
     def wait(self) -> None:
         """Waits for the checkpoint that is being written."""
@@ -187,10 +188,15 @@ class Checkpoints:
                 shutil.rmtree(self._path(step), ignore_errors=True)
             return
         if jax.process_index() == 0:
+            self._delete_old(best)
+
+    def _delete_old(self, best: int | None) -> None:
+        """Deletes all checkpoints but the last ones and that of the best step."""
+        # Those that cannot be deleted now are tried again after the next checkpoint.
+        with contextlib.suppress(OSError):
             steps = self._all_steps()
-            for old in set(steps) - {*steps[-self._keep :], best}:
-                # One that cannot be deleted now is tried again after the next checkpoint.
-                shutil.rmtree(self._path(old), ignore_errors=True)
+            for step in set(steps) - {*steps[-self._keep :], best}:
+                shutil.rmtree(self._path(step), ignore_errors=True)
 
     def save(self, step: int, state, record: dict, best: int | None = None) -> None:
         """Begins to write a checkpoint, unless there is one of this step.
@@ -206,8 +212,8 @@ class Checkpoints:
           best: the step whose checkpoint is kept, however old; None if there is none.
 
         Raises:
-          RuntimeError: if the last checkpoint could not be written, and this one cannot either, or
-            if one of several processes could not write the last one.
+          RuntimeError: if the last checkpoint could not be written, and this one cannot either; of
+            several processes, at the first failure.
         """
         self.wait()
         # Several processes could only retry together, and perhaps not all have failed.
@@ -234,6 +240,9 @@ class Checkpoints:
             self._manager.save(step, args=contents, force=True)
         except (OSError, ValueError) as error:
             self._failure = error
+            # The other processes, if there are any, wait for this one.
+            if jax.process_count() > 1:
+                self._raise_failure()
         else:
             self._writing = threading.Thread(target=self._seal, args=(step, best))
             self._writing.start()

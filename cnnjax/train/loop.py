@@ -86,9 +86,12 @@ def train(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
         # Of the starts before this one, up to the checkpoint.
         earlier_seconds = 0.0
         steps_done = 0
-        # Another number of classes changes the state, too; what is refused then is the data.
-        check_data = lambda record: training.check_data(record.get("data", {}))
-        if restored := checkpoints.restore(state_shapes, check_data):
+
+        # Before the state is compared, in which another number of classes would show as well.
+        def check_record(record: dict) -> None:
+            training.check_data(record.get("data", {}))
+
+        if restored := checkpoints.restore(state_shapes, check_record):
             steps_done, state, record = restored
             warn_if_edited(config.model, record.get("network_sha256"))
             initial_sha256 = record.get("initial_weights_sha256")
@@ -138,10 +141,6 @@ def train(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
             best = history.best()
             best_step = None if best is None else best["step"]
             checkpoints.save(steps_done, parallel.fetch(state), record, best_step)
-
-        def has_failed() -> bool:
-            """Tells every process whether one could not write the last checkpoint."""
-            return any(parallel.gather(int(checkpoints.has_failed())))
 
         while not _is_trained(config, history):
             # ------------------------------------------------------ steps
@@ -193,16 +192,19 @@ def train(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
             # A signal may reach one process only: all must stop after the same step.
             own_signal = received[0] if received else 0
             stop_signal = max(parallel.gather(own_signal))
-            is_due = steps_done % every == 0 or has_failed()
+            # Likewise, only one of them may know that the last checkpoint failed.
+            has_failed = any(parallel.gather(int(checkpoints.has_failed())))
+            is_due = steps_done % every == 0 or has_failed
             if is_due or is_best or _is_trained(config, history) or stop_signal:
                 save(time.monotonic() - epoch_began)
             if stop_signal:
                 break
 
-        # The last checkpoint gets a second try, too.
-        checkpoints.wait()
-        if has_failed():
-            save(time.monotonic() - epoch_began)
+        # The last checkpoint is tried again at once. Several processes could only do so together.
+        if jax.process_count() == 1:
+            checkpoints.wait()
+            if checkpoints.has_failed():
+                save(time.monotonic() - epoch_began)
 
         # ---------------------------------------------------------- the weights to keep
         # A stopped run has no weights to choose yet.
