@@ -15,9 +15,9 @@ import numpy as np
 import optax
 import pytest
 
-from cnnjax.runtime import backend
+from cnnjax.runtime import backend, files
 from cnnjax.train import defaults, loop, results
-from cnnjax.train.checkpoints import Checkpoints
+from cnnjax.train.checkpoints import Checkpoints, NotWritten
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
@@ -84,21 +84,24 @@ def test_the_best_epoch_is_the_first_of_equal_ones(history):
     assert history.best() is history.entries[0]
 
 
-def test_a_kill_before_the_manifest_leaves_the_checkpoint_before(tmp_path, monkeypatch):
-    """Also if only the last one is to be kept: orbax has deleted old ones by then."""
+def test_a_kill_before_the_manifest_leaves_the_checkpoints_before(tmp_path, monkeypatch):
+    """The last one and the best one, also if the new one would replace both."""
     with Checkpoints(tmp_path, keep=1) as checkpoints:
-        for step in (1, 2):
-            checkpoints.save(step, a_state(step), {})
+        for step in (1, 2, 3):
+            checkpoints.save(step, a_state(step), {}, best=1)
     with monkeypatch.context() as patch:
-        wait = lambda self, step: self._manager.wait_until_finished()
+        wait = lambda self, step, best: self._manager.wait_until_finished()
         patch.setattr(Checkpoints, "_seal", wait)
         with Checkpoints(tmp_path, keep=1) as checkpoints:
-            checkpoints.save(3, a_state(3), {})
-    assert (tmp_path / "3").is_dir() and not (tmp_path / "1").exists()
+            checkpoints.save(4, a_state(4), {}, best=4)
+    assert (tmp_path / "4").is_dir()
     with Checkpoints(tmp_path, keep=1) as checkpoints:
+        assert checkpoints.steps() == [1, 2, 3]
         step, state, _ = checkpoints.restore(a_state(0))
-    assert step == 2
-    assert_equal(state, a_state(2))
+        assert step == 3
+        assert_equal(state, a_state(3))
+        checkpoints.save(4, a_state(4), {}, best=4)
+        assert checkpoints.steps() == [3, 4]
 
 
 def test_files_of_other_programs_are_no_damage(tmp_path):
@@ -187,6 +190,23 @@ def test_nothing_starts_again_in_silence(tmp_path):
             checkpoints.restore(a_state(0))
 
 
+def test_a_record_that_is_refused_changes_nothing(tmp_path):
+    """It is read before the state, and before a damaged checkpoint is put aside."""
+    with Checkpoints(tmp_path) as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(step, a_state(step), {"epoch": step})
+    (tmp_path / "2" / "manifest.json").write_text("{}")
+
+    def refuse(record):
+        raise ValueError(f"of epoch {record['epoch']}")
+
+    with Checkpoints(tmp_path) as checkpoints:
+        with pytest.raises(ValueError, match="of epoch 1"):
+            checkpoints.restore({"of": jnp.zeros(3)}, refuse)
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2"]
+        assert checkpoints.restore(a_state(0), lambda record: None)[0] == 1
+
+
 def test_a_first_checkpoint_that_was_not_finished_is_none(tmp_path, caplog, monkeypatch):
     """A kill before the manifest is written leaves nothing that could be lost.
 
@@ -228,26 +248,61 @@ def test_another_models_checkpoint_is_refused(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_full_disk_is_told_and_harms_nothing(tmp_path):
+def test_a_full_disk_is_told_and_harms_nothing(tmp_path, caplog):
     """Simulates a full disk by a limit on file sizes: writes fail in the same way."""
     state = {"x": jax.random.normal(jax.random.key(0), (1000, 1000))}
     _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
-    with Checkpoints(tmp_path) as checkpoints:
+    message = f"could not be written to {tmp_path}.*the earlier ones are whole"
+
+    def save_on_a_full_disk(checkpoints, step):
+        checkpoints.wait()
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, most))
+        try:
+            checkpoints.save(step, state, {})
+            checkpoints.wait()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+        assert checkpoints.has_failed()
+
+    with pytest.raises(NotWritten, match=message), Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, state, {})
-        checkpoints._finish()
-        with pytest.raises(
-            RuntimeError, match=f"could not be written to {tmp_path}.*the earlier ones are whole"
-        ):
-            try:
-                resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, most))
-                checkpoints.save(2, state, {})
-                checkpoints._finish()
-            finally:
-                resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+        save_on_a_full_disk(checkpoints, 2)
+        # The other checkpoints can still be listed.
+        assert checkpoints.steps() == [1]
+        # The disk was full for a moment.
+        checkpoints.save(3, state, {})
+        assert not checkpoints.has_failed() and checkpoints.steps() == [1, 3]
+        assert re.search(f"{message}, and that of step 3 is written now", caplog.messages[-1])
+        # It is full for longer.
+        save_on_a_full_disk(checkpoints, 4)
+        save_on_a_full_disk(checkpoints, 5)
+    with pytest.raises(FloatingPointError), Checkpoints(tmp_path) as checkpoints:
+        save_on_a_full_disk(checkpoints, 4)
+        raise FloatingPointError
+    assert re.search(message, caplog.messages[-1])
     with Checkpoints(tmp_path) as checkpoints:
         step, restored, _ = checkpoints.restore(state)
-        assert step == 1
+        assert step == 3
         assert_equal(restored, state)
+
+
+def test_of_several_processes_one_that_cannot_write_does_not_try_again(tmp_path, monkeypatch):
+    """The others wait for it, or have not failed."""
+
+    def fail(*arguments, **options):
+        raise OSError("No space left on device")
+
+    with Checkpoints(tmp_path) as checkpoints:
+        with monkeypatch.context() as patch:
+            patch.setattr(files, "write_json", fail)
+            checkpoints.save(1, a_state(1), {})
+            checkpoints.wait()
+            patch.setattr(jax, "process_count", lambda: 2)
+            patch.setattr(checkpoints._manager, "save", fail)
+            for step in (2, 3):
+                with pytest.raises(NotWritten, match="No space left on device"):
+                    checkpoints.save(step, a_state(step), {})
+        assert checkpoints.steps() == []
 
 
 @pytest.fixture

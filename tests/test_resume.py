@@ -2,14 +2,16 @@
 
 import itertools
 import json
+import os
 import pathlib
 import re
+import signal
 import types
 
 import pytest
 
 from cnnjax.data import arrays
-from cnnjax.runtime import files, workdir
+from cnnjax.runtime import claims, files, workdir
 from cnnjax.train import data as training_data
 from cnnjax.train import defaults, loop, report
 from cnnjax.train.adopt import adopt_changes
@@ -89,6 +91,86 @@ def test_a_failed_validation_costs_no_step(monkeypatch, tmp_path, caplog):
     assert rates[0] > rates[-1]
     weights = [tmp_path / name / "weights.safetensors" for name in ("whole", "failing")]
     assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
+@pytest.mark.slow
+def test_a_disk_that_was_full_for_a_moment_costs_no_step(monkeypatch, tmp_path, caplog):
+    """The end of the epoch writes a checkpoint, though none is due; the last one is repeated.
+
+    A run that is stopped meanwhile saves, too.
+    """
+    has_failed = loop.Checkpoints.has_failed
+    write_json = files.write_json
+    full = [8, 22]
+    signals = []
+
+    def wait_and_look(self):
+        self.wait()
+        return has_failed(self)
+
+    def fail_once(path, value):
+        if path.parent.name in map(str, full):
+            full.remove(int(path.parent.name))
+            for number in signals:
+                os.kill(os.getpid(), number)
+            raise OSError("No space left on device")
+        write_json(path, value)
+
+    monkeypatch.setattr(loop.Checkpoints, "has_failed", wait_and_look)
+    monkeypatch.setattr(files, "write_json", fail_once)
+    train(tmp_path, epochs=2, n_validation=0, checkpoint_every_steps=8)
+    pattern = r"a checkpoint .*: No space left on device; .*, and that of step (\d+) is written now"
+    matches = [re.fullmatch(pattern, text) for text in caplog.messages]
+    assert [match[1] for match in matches if match] == ["11", "22"]
+    with loop.Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        assert checkpoints.steps() == [16, 22]
+
+    full.append(8)
+    signals.append(signal.SIGTERM)
+    with pytest.raises(workdir.Interrupted, match="SIGTERM after step") as stop:
+        train(tmp_path / "stopped", epochs=2, n_validation=0, checkpoint_every_steps=8)
+    with loop.Checkpoints(tmp_path / "stopped" / "checkpoints") as checkpoints:
+        assert f"after step {checkpoints.steps()[-1]} of 22, which is saved" in str(stop.value)
+    assert not full
+
+
+@pytest.mark.slow
+def test_a_run_that_lost_its_claim_writes_nothing_more(tmp_path):
+    train(tmp_path, epochs=1)
+    # Only the results remain to be written.
+    for name in ("results.json", "weights.safetensors"):
+        (tmp_path / name).unlink()
+    for folder in (tmp_path, tmp_path / "new"):
+        with claims.claim(folder):
+            # A hard link, which is replaced.
+            (folder / "run.claim").unlink()
+            (folder / "run.claim").write_text("another's")
+            with pytest.raises(claims.Lost):
+                train(folder, epochs=1)
+    assert not (tmp_path / "weights.safetensors").exists()
+    assert not list((tmp_path / "new" / "checkpoints").iterdir())
+
+
+@pytest.mark.slow
+def test_another_class_is_named_before_the_state_is_read(tmp_path):
+    """Also if the run is to be extended."""
+    digits = arrays.load("digits[:200]")
+
+    def write(count):
+        parts = [part._replace(labels=part.labels % count) for part in (digits.train, digits.test)]
+        names = ("a", "b", "c")[:count]
+        arrays.save(arrays.Dataset(parts[0], None, parts[1], names), tmp_path / "own.npz")
+
+    changes = {"dataset": str(tmp_path / "own.npz"), "n_validation": 0}
+    write(2)
+    folder = tmp_path / "run"
+    train(folder, epochs=1, **changes)
+    write(3)
+    message = "have changed since the run began .missing classes: none; additional: c"
+    with pytest.raises(ValueError, match=message):
+        train(folder, epochs=1, **changes)
+    with pytest.raises(ValueError, match=message):
+        adopt_changes(configure(epochs=2, **changes), folder)
 
 
 def test_a_run_that_stopped_early_is_not_extended(tmp_path):

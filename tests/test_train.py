@@ -1168,6 +1168,7 @@ def test_a_data_set_that_does_not_fit_is_named(tmp_path):
         (jax.errors.JaxRuntimeError("UNAVAILABLE: no heartbeat"), True),
         (EXHAUSTED, False),
         (NotWritten("a checkpoint could not be written to runs/a"), False),
+        (claims.Lost("workdir='runs/a' has been taken over"), False),
     ],
 )
 def test_of_several_processes_one_that_fails_says_why(error, is_lost, monkeypatch):

@@ -280,6 +280,20 @@ def test_only_what_runs_write_is_sealed(tmp_path):
         workdir.run_once(finish, config, tmp_path)
 
 
+def test_a_damaged_list_of_earlier_scores_can_be_given_up(tmp_path):
+    config = ml_collections.ConfigDict({"kind": "train"})
+    workdir.prepare(tmp_path, config.to_dict())
+    files.write_json(tmp_path / "extended.json", [{"epoch": 1}])
+    workdir.run_once(finish, config, tmp_path)
+    (tmp_path / "extended.json").write_text("[]")
+    advice = "the same scores; remove extended.json and manifest.json$"
+    with pytest.raises(ValueError, match=advice):
+        workdir.run_once(finish, config, tmp_path)
+    for name in ("extended.json", "manifest.json"):
+        (tmp_path / name).unlink()
+    workdir.run_once(finish, config, tmp_path)
+
+
 def test_a_failed_run_that_begins_again_has_not_failed(tmp_path):
     """A sweep leaves the record of a failure, and does not start the run again."""
     config = ml_collections.ConfigDict({"kind": "train"})
@@ -708,7 +722,14 @@ def test_a_claim_is_renewed_and_anothers_is_left_alone(tmp_path, monkeypatch):
     path = tmp_path / "run.claim"
     with claims.claim(tmp_path):
         wait_for_a_renewal(path)
+        claims.check_held(tmp_path)
         path.unlink()
         # Another process has found this claim void, say after a long sleep of this machine.
+        with pytest.raises(claims.Lost, match="has been taken over"):
+            claims.check_held(tmp_path)
         path.write_text("another's")
+        with pytest.raises(claims.Lost):
+            claims.check_held(tmp_path)
+    # This process has no claim that it could have lost.
+    claims.check_held(tmp_path)
     assert path.read_text() == "another's" and len(list(tmp_path.iterdir())) == 1

@@ -8,7 +8,8 @@ a directory, a process
 3. if there is one that is stale, renames it to .ID.void, deletes it, and repeats step 2. A claim
    is stale if its process is gone from this machine or, where that cannot be seen, has not
    renewed it for two minutes. A suspended process (Ctrl-Z) of this machine keeps its claim;
-4. renews run.claim while it works: a thread sets the file's time;
+4. renews run.claim while it works: a thread sets the file's time. Before it writes a checkpoint or
+   results, it looks whether run.claim is still its own (`check_held`);
 5. removes run.claim and .ID.claim.
 
 Two processes may find the same stale claim, and the slower one may remove the claim that the
@@ -39,6 +40,10 @@ _SETTLING_SECONDS = 0.2
 
 class Claimed(ValueError):
     """Another process is using a work directory."""
+
+
+class Lost(RuntimeError):
+    """A process no longer holds its claim of a work directory."""
 
 
 def _pid_namespace() -> str | None:
@@ -88,6 +93,17 @@ def _own_start() -> int | None:
         # Some systems have no /proc.
         pass
     return None
+
+
+def _this_process() -> dict:
+    """Describes this process as its claims name it."""
+    return {
+        "host": platform.node(),
+        "process": os.getpid(),
+        "namespace": _pid_namespace(),
+        "boot": _boot_id(),
+        "started": _own_start(),
+    }
 
 
 def _is_running(holder: dict) -> bool | None:
@@ -225,6 +241,28 @@ def _renewed(path: pathlib.Path, own_claim: pathlib.Path) -> Iterator[None]:
         done.set()
 
 
+def check_held(folder: pathlib.Path) -> None:
+    """Checks that this process still holds the claim that it made of a work directory, if any.
+
+    Another process takes the claim over if this one has not renewed it for two minutes and cannot
+    be seen, as when it is suspended on another machine.
+
+    Raises:
+        Lost: if it does not.
+    """
+    this_process = _this_process()
+    for own_claim in folder.glob(".*.claim"):
+        # A file that cannot be read now does not tell that the claim is lost.
+        with contextlib.suppress(OSError, ValueError):
+            is_of_this = files.read_json(own_claim).items() >= this_process.items()
+            if is_of_this and not _is_own(folder / CLAIM, own_claim):
+                raise Lost(
+                    f"workdir={str(folder)!r} has been taken over: {CLAIM} is no longer that of "
+                    "this process, which did not renew it for two minutes, as when it is "
+                    "suspended; nothing more is written"
+                )
+
+
 def unusable(folder: pathlib.Path, error: OSError) -> ValueError:
     """Describes why a work directory cannot be created or written to."""
     # Unlike `Path.is_file`, this never raises, whatever keeps the folder from being seen.
@@ -247,15 +285,8 @@ def claim(folder: pathlib.Path) -> Iterator[None]:
         return
     path = folder / CLAIM
     own_claim = folder / f".{uuid.uuid4().hex}.claim"
-    holder = {
-        "host": platform.node(),
-        "process": os.getpid(),
-        "namespace": _pid_namespace(),
-        "boot": _boot_id(),
-        "started": _own_start(),
-        # Tells this claim from an earlier one of the same process.
-        "id": own_claim.stem,
-    }
+    # The id tells this claim from an earlier one of the same process.
+    holder = _this_process() | {"id": own_claim.stem}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         files.write(own_claim, json.dumps(holder))

@@ -364,10 +364,11 @@ def check_seal(folder: pathlib.Path) -> None:
     for name in sorted(hashes.keys() | (_SEALED & recorded.keys())):
         if hashes.get(name) != recorded.get(name):
             problem = "is not as it was written" if name in hashes else "is missing"
-            raise ValueError(
-                f"{folder / name} {problem}: remove results.json, and run the command again to "
-                "recompute everything"
-            )
+            advice = "remove results.json, and run the command again to recompute everything"
+            # It was written when the run was extended, and no command writes it again.
+            if name == "extended.json":
+                advice = f"results.json lists the same scores; remove {name} and {_MANIFEST}"
+            raise ValueError(f"{folder / name} {problem}: {advice}")
 
 
 def run_once(

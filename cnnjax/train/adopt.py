@@ -278,5 +278,5 @@ def _check_can_continue(folder: pathlib.Path, config: ml_collections.ConfigDict)
                 f"epochs={config.epochs}: {folder} has no whole checkpoint from which the run "
                 "could continue; train in another folder"
             )
-        _, record = checkpoints.restore_step(steps[-1], training.state_shapes())
-    training.check_data(record.get("data", {}))
+        training.check_data(checkpoints.record(steps[-1]).get("data", {}))
+        checkpoints.restore_step(steps[-1], training.state_shapes())

@@ -8,13 +8,14 @@ import copy
 import logging
 import os
 import pathlib
+import shutil
 import threading
 import time
+from collections.abc import Callable
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, LatestN
 
 from cnnjax.runtime import backend, files
 from cnnjax.runtime.paths import sha256
@@ -46,7 +47,11 @@ def _damage(folder: pathlib.Path) -> str | None:
         return f"its {_MANIFEST} cannot be read ({error})"
     if not isinstance(recorded, dict) or not recorded:
         return f"its {_MANIFEST} is not a list of hashes by name"
-    hashes = _hashes(folder)
+    try:
+        hashes = _hashes(folder)
+    except FileNotFoundError:
+        # Of several processes, the first one deletes old checkpoints.
+        return "a file was removed while it was read"
     # Other files do no harm, such as those that some systems leave in every folder they copy.
     for name in sorted(recorded):
         if recorded[name] != hashes.get(name):
@@ -82,24 +87,6 @@ class NotWritten(RuntimeError):
     """A checkpoint could not be written to the disk."""
 
 
-class _Best:
-    """Preserves the checkpoint of the best step.
-
-    orbax's own policy, `BestN`, ranks by metrics that are written with each checkpoint. Here, a
-    checkpoint may be written before its state is scored.
-
-    Attributes:
-      step: the best step; None if there is none.
-    """
-
-    def __init__(self):
-        self.step: int | None = None
-
-    def should_preserve(self, checkpoints, *, context) -> list[bool]:
-        """Tells orbax which checkpoints to keep."""
-        return [info.step == self.step for info in checkpoints]
-
-
 class Checkpoints:
     """The checkpoints of a folder; leaving their context waits for unfinished ones.
 
@@ -116,63 +103,107 @@ class Checkpoints:
         # orbax logs every step through absl; failures are raised here instead.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
         tensorstore_noise.quieten()
-        self._best = _Best()
-        # orbax deletes old checkpoints before the manifest of the new one is written. A process
-        # that is killed in between needs the one before.
-        policy = AnyPreservationPolicy([LatestN(max(keep, 2)), self._best])
-        options = ocp.CheckpointManagerOptions(
-            cleanup_tmp_directories=True, preservation_policy=policy
-        )
-        self._manager = ocp.CheckpointManager(self.folder, options=options)
+        # If the newest one is damaged, the one before is used.
+        self._keep = max(keep, 2)
+        self._manager = self._open()
         self._writing: threading.Thread | None = None
         self._failure: Exception | None = None
+
+    def _open(self) -> ocp.CheckpointManager:
+        """Opens the folder, and removes what was not written to its end."""
+        # Without a policy, orbax deletes no checkpoint: it would do so before the manifest of the
+        # new one is written, and a process that is killed in between needs the old ones.
+        options = ocp.CheckpointManagerOptions(cleanup_tmp_directories=True)
+        return ocp.CheckpointManager(self.folder, options=options)
+
+    def _close(self) -> None:
+        # The first of these repeats a failure to write that is known already.
+        for finish in (self._manager.wait_until_finished, self._manager.close):
+            with contextlib.suppress(Exception):
+                finish()
 
     def __enter__(self):
         return self
 
     def __exit__(self, kind, error, trace):
         try:
-            self._finish()
+            self.wait()
+            if error is None:
+                self._raise_failure()
+            elif self._failure is not None:
+                # The error that ends the run must not be hidden by this one.
+                _LOG.warning("%s", self._describe(self._failure))
         finally:
-            # Closing repeats a failure to write that has been raised already.
-            with contextlib.suppress(Exception):
-                self._manager.close()
+            self._close()
 
     def _path(self, step: int) -> pathlib.Path:
         return self.folder / str(step)
 
-    def _finish(self) -> None:
-        """Waits for the checkpoint that is being written; raises `RuntimeError` if it failed."""
+    def _all_steps(self) -> list[int]:
+        """Lists the steps of all checkpoints, in order."""
+        # orbax does not notice which ones `_delete_old` has deleted.
+        names = {path.name for path in self.folder.iterdir()}
+        return sorted(step for step in self._manager.all_steps() if str(step) in names)
+
+    def wait(self) -> None:
+        """Waits for the checkpoint that is being written."""
         if self._writing is not None:
             self._writing.join()
             self._writing = None
-        if self._failure is not None:
-            failure = self._failure
-            self._failure = None
-            # Of several processes that write together, one that waits for another in vain gets
-            # one of these errors.
-            is_waiting = isinstance(failure, (TimeoutError, jax.errors.JaxRuntimeError))
-            kind = RuntimeError if is_waiting else NotWritten
-            raise kind(
-                f"a checkpoint could not be written to {self.folder}: {failure}; the earlier "
-                "ones are whole"
-            ) from failure
 
-    def _seal(self, step: int) -> None:
-        """Writes the manifest once all other files are on the disk."""
+    def has_failed(self) -> bool:
+        """Tells whether the last checkpoint is known to have failed; the next `save` retries."""
+        return self._failure is not None
+
+    def _describe(self, failure: Exception) -> str:
+        return (
+            f"a checkpoint could not be written to {self.folder}: {failure}; the earlier ones are "
+            "whole"
+        )
+
+    def _raise_failure(self) -> None:
+        """Raises `RuntimeError` if the last checkpoint could not be written."""
+        if self._failure is None:
+            return
+        failure = self._failure
+        self._failure = None
+        # Of several processes that write together, one that waits for another in vain gets one of
+        # these errors.
+        is_waiting = isinstance(failure, (TimeoutError, jax.errors.JaxRuntimeError))
+        kind = RuntimeError if is_waiting else NotWritten
+        raise kind(self._describe(failure)) from failure
+
+    def _seal(self, step: int, best: int | None) -> None:
+        """Writes the manifest once all other files are on the disk; deletes old checkpoints."""
         try:
             self._manager.wait_until_finished()
             if jax.process_index() == 0:
                 folder = self._path(step)
                 files.write_json(folder / _MANIFEST, _hashes(folder))
         except Exception as error:
-            # Raised by the next call of `_finish`.
+            # The next `save` or the end of the context looks at it.
             self._failure = error
+            if jax.process_index() == 0:
+                # Without its manifest it is of no use, and would be in the way of another try.
+                shutil.rmtree(self._path(step), ignore_errors=True)
+            return
+        if jax.process_index() == 0:
+            self._delete_old(best)
+
+    def _delete_old(self, best: int | None) -> None:
+        """Deletes all checkpoints but the last ones and that of the best step."""
+        # Those that cannot be deleted now are tried again after the next checkpoint.
+        with contextlib.suppress(OSError):
+            steps = self._all_steps()
+            for step in set(steps) - {*steps[-self._keep :], best}:
+                shutil.rmtree(self._path(step), ignore_errors=True)
 
     def save(self, step: int, state, record: dict, best: int | None = None) -> None:
         """Begins to write a checkpoint, unless there is one of this step.
 
-        The caller may change the state's memory and the record at once.
+        The caller may change the state's memory and the record at once. If the last checkpoint
+        could not be written, as on a disk that was full for a moment, this one is written before
+        the call returns.
 
         Args:
           step: the number of the step.
@@ -181,9 +212,19 @@ class Checkpoints:
           best: the step whose checkpoint is kept, however old; None if there is none.
 
         Raises:
-          RuntimeError: if this checkpoint or the one before could not be written.
+          RuntimeError: if the last checkpoint could not be written, and this one cannot either; of
+            several processes, at the first failure.
         """
-        self._finish()
+        self.wait()
+        # Several processes could only retry together, and perhaps not all have failed.
+        if jax.process_count() > 1:
+            self._raise_failure()
+        failure = self._failure
+        if failure is not None:
+            # orbax would raise it once more.
+            self._failure = None
+            self._close()
+            self._manager = self._open()
         if step in self._manager.all_steps():
             return
         # Copied, since a host array that was fetched from a CPU device may share its memory.
@@ -195,21 +236,25 @@ class Checkpoints:
         contents = ocp.args.Composite(
             state=ocp.args.StandardSave(leaves), header=ocp.args.JsonSave(header)
         )
-        # Set first, since saving deletes the checkpoints that are not preserved.
-        self._best.step = best
         try:
             self._manager.save(step, args=contents, force=True)
         except (OSError, ValueError) as error:
             self._failure = error
-            self._finish()
-        self._writing = threading.Thread(target=self._seal, args=(step,))
-        self._writing.start()
+            # The other processes, if there are any, wait for this one.
+            if jax.process_count() > 1:
+                self._raise_failure()
+        else:
+            self._writing = threading.Thread(target=self._seal, args=(step, best))
+            self._writing.start()
+        if failure is not None:
+            self.wait()
+            self._raise_failure()
+            _LOG.warning("%s, and that of step %d is written now", self._describe(failure), step)
 
     def steps(self) -> list[int]:
         """Lists the steps of the checkpoints that are not damaged, in order."""
-        self._finish()
-        steps = sorted(self._manager.all_steps())
-        return [step for step in steps if _damage(self._path(step)) is None]
+        self.wait()
+        return [step for step in self._all_steps() if _damage(self._path(step)) is None]
 
     def _header(self, step: int) -> dict:
         contents = ocp.args.Composite(header=ocp.args.JsonRestore())
@@ -258,14 +303,15 @@ class Checkpoints:
         )
         return state, header["record"]
 
-    def restore(self, like):
+    def restore(self, like, check_record: Callable[[dict], None] | None = None):
         """Reads the newest checkpoint that is not damaged.
 
-        A damaged checkpoint is renamed, with a warning, and the one before is read. A run that was
-        killed while it wrote its first checkpoint has none.
+        Newer ones, which are damaged, are renamed, with a warning. If this raises, all stay as they
+        are. A run that was killed while it wrote its first checkpoint has none.
 
         Args:
           like: a tree of the state's structure, shapes and dtypes.
+          check_record: called with the record before the state is read.
 
         Returns:
           The step, the state (host arrays) and the record; None if there is no checkpoint.
@@ -274,30 +320,42 @@ class Checkpoints:
           ValueError: if checkpoints were completed but all are damaged, or if the state is of
             another structure.
         """
-        self._finish()
-        steps = sorted(self._manager.all_steps(), reverse=True)
-        for step in steps:
-            folder = self._path(step)
-            damage = _damage(folder)
-            if damage is None:
-                state, record = self.restore_step(step, like)
-                return step, state, record
-            _LOG.warning(
-                "checkpoint %s is damaged: %s; it is put aside, and the one before is used",
-                folder,
-                damage,
-            )
-            # Renamed once every process has read it, and before any looks for the others.
-            backend.wait_for_others("a damaged checkpoint is read")
-            if jax.process_index() == 0:
-                folder.rename(self.folder / f"damaged-{step}-{time.time_ns()}")
-            backend.wait_for_others("a damaged checkpoint is put aside")
-            self._manager.reload()
-        if was_completed(self.folder):
+        self.wait()
+        damages: dict[int, str] = {}
+        restored = None
+        for step in reversed(self._all_steps()):
+            if damage := _damage(self._path(step)):
+                damages[step] = damage
+                continue
+            if check_record is not None:
+                check_record(self.record(step))
+            restored = (step, *self.restore_step(step, like))
+            break
+        if restored is None and was_completed(self.folder):
             raise ValueError(
                 f"every checkpoint in {self.folder} is damaged; remove the folder to start from "
                 "the beginning"
             )
-        if steps:
+        if damages:
+            self._put_aside(damages)
+        if damages and restored is None:
             _LOG.warning("no checkpoint was ever written to its end: starting from the beginning")
-        return None
+        return restored
+
+    def _put_aside(self, damages: dict[int, str]) -> None:
+        """Renames damaged checkpoints; `damages` says by step what is wrong with them."""
+        for step, damage in damages.items():
+            _LOG.warning(
+                "checkpoint %s is damaged: %s; it is renamed to damaged-%d-*, which may be "
+                "deleted, and the one before is used",
+                self._path(step),
+                damage,
+                step,
+            )
+        # Renamed once every process has read them, and before any looks for the others.
+        backend.wait_for_others("a damaged checkpoint is read")
+        if jax.process_index() == 0:
+            for step in damages:
+                self._path(step).rename(self.folder / f"damaged-{step}-{time.time_ns()}")
+        backend.wait_for_others("a damaged checkpoint is put aside")
+        self._manager.reload()

@@ -17,7 +17,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from cnnjax.runtime import backend, files, signals, workdir
+from cnnjax.runtime import backend, claims, files, signals, workdir
 from cnnjax.train import report, results, schedules, step
 from cnnjax.train.adopt import adopt_changes, complete_record, is_equivalent
 from cnnjax.train.check import check
@@ -51,6 +51,8 @@ def run(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
       workdir.Interrupted: if it was stopped; the state is saved.
       FloatingPointError: if the loss, a parameter or a score is not finite.
       MemoryError: if a batch or the data set does not fit.
+      NotWritten: if a checkpoint could not be written, nor the next one.
+      claims.Lost: if another process has taken the folder over.
       RuntimeError: if another process is gone.
     """
     with _explain_failures(config, folder):
@@ -84,9 +86,13 @@ def train(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
         # Of the starts before this one, up to the checkpoint.
         earlier_seconds = 0.0
         steps_done = 0
-        if restored := checkpoints.restore(state_shapes):
-            steps_done, state, record = restored
+
+        # Before the state is compared, in which another number of classes would show as well.
+        def check_record(record: dict) -> None:
             training.check_data(record.get("data", {}))
+
+        if restored := checkpoints.restore(state_shapes, check_record):
+            steps_done, state, record = restored
             warn_if_edited(config.model, record.get("network_sha256"))
             initial_sha256 = record.get("initial_weights_sha256")
             _LOG.info("resuming from step %d of %d", steps_done, total)
@@ -122,6 +128,7 @@ def train(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
 
         def save(epoch_seconds: float) -> None:
             """Saves the state and what has been measured so far."""
+            claims.check_held(folder)
             record = {
                 "history": history.entries,
                 "plateau": plateau.state() if plateau else None,
@@ -185,11 +192,19 @@ def train(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
             # A signal may reach one process only: all must stop after the same step.
             own_signal = received[0] if received else 0
             stop_signal = max(parallel.gather(own_signal))
-            is_due = steps_done % every == 0
+            # Likewise, only one of them may know that the last checkpoint failed.
+            has_failed = any(parallel.gather(int(checkpoints.has_failed())))
+            is_due = steps_done % every == 0 or has_failed
             if is_due or is_best or _is_trained(config, history) or stop_signal:
                 save(time.monotonic() - epoch_began)
             if stop_signal:
                 break
+
+        # The last checkpoint is tried again at once. Several processes could only do so together.
+        if jax.process_count() == 1:
+            checkpoints.wait()
+            if checkpoints.has_failed():
+                save(time.monotonic() - epoch_began)
 
         # ---------------------------------------------------------- the weights to keep
         # A stopped run has no weights to choose yet.
@@ -221,6 +236,7 @@ def train(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
     state = parallel.fetch(state)
     if not backend.writes():
         return
+    claims.check_held(folder)
     results.write_weights(folder, state)
     results.write_predictions(folder, training, tested)
     results.write_results(
@@ -436,8 +452,9 @@ def _explain_lost_peers() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        # A full disk or memory is no sign that a process is gone.
-        if jax.process_count() == 1 or isinstance(error, NotWritten) or is_exhausted(error):
+        # A full disk or memory or a lost claim is no sign that a process is gone.
+        is_own = isinstance(error, (NotWritten, claims.Lost)) or is_exhausted(error)
+        if jax.process_count() == 1 or is_own:
             raise
         first = str(error).partition("\n")[0]
         raise RuntimeError(
