@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cnnjax.runtime import backend, command, imagenet
+from cnnjax.runtime import command, host, imagenet
 from cnnjax.runtime.paths import expand_user
 from cnnjax.weights import records
 
@@ -182,7 +182,7 @@ def _check_headers(files: list[pathlib.Path]) -> None:
     from cnnjax.data.photographs import image_size
 
     # On a remote file system, files are opened faster several at a time.
-    with concurrent.futures.ThreadPoolExecutor(backend.cores()) as pool:
+    with concurrent.futures.ThreadPoolExecutor(host.cores()) as pool:
         for _ in pool.map(image_size, files):
             pass
 
@@ -203,7 +203,7 @@ def _batches(
             return error
 
     # Pillow decodes and resizes outside Python's lock, so threads suffice.
-    with concurrent.futures.ThreadPoolExecutor(backend.cores()) as pool:
+    with concurrent.futures.ThreadPoolExecutor(host.cores()) as pool:
         for start in range(0, len(files), size):
             batch = files[start : start + size]
             images = []

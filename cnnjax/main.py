@@ -16,7 +16,7 @@ from collections.abc import Callable, Collection
 
 import ml_collections
 
-from cnnjax.runtime import backend, command, configuration, files, workdir
+from cnnjax.runtime import backend, command, configuration, files, processes, workdir
 
 _LOG = logging.getLogger("cnnjax")
 # Keys left out of the default work directory's name, since a run may continue with other values:
@@ -66,7 +66,7 @@ def run(
 
     def adopt(config, folder):
         job.adopt(config, folder)
-        backend.wait_for_others("the record is adopted")
+        processes.wait_for_others("the record is adopted")
 
     def begin(config, folder):
         nonlocal was_finished
@@ -254,7 +254,7 @@ def main(arguments: list[str] | None = None) -> int:
                     f"distributed={options.distributed!r} is for training; this configuration is "
                     f"of kind={config.get('kind')!r}"
                 )
-            backend.join(options.distributed)
+            processes.join(options.distributed)
         run(config, options.workdir, options.overrides)
 
     return run_command(parser, arguments, join_and_run)
@@ -267,7 +267,7 @@ def leave(code: int) -> None:
     for other processes, which may be gone.
     """
     is_done = code == 0
-    is_refused = code == 2 and not backend.is_joined()
+    is_refused = code == 2 and not processes.is_joined()
     if is_done or is_refused:
         sys.exit(code)
     for stream in (sys.stdout, sys.stderr):

@@ -33,7 +33,7 @@ from cnnjax.data import arrays
 from cnnjax.data.augment import augment, normalize
 from cnnjax.models import Network, create_model
 from cnnjax.models.speedrun import whitening_filters
-from cnnjax.runtime import backend, command, configuration, files, tables, workdir
+from cnnjax.runtime import backend, command, configuration, files, host, tables, workdir
 from cnnjax.runtime.progress import progress
 from cnnjax.runtime.report import describe_environments
 from cnnjax.train.step import epoch_order, loss_and_errors
@@ -466,7 +466,7 @@ def main(arguments: list[str] | None = None) -> int:
         data = arrays.load("cifar10", options.data_dir)
         backend.start()
         # Times of different machines or versions of jax are not mixed.
-        machine = backend.machine()
+        machine = host.machine()
         # The device is recorded twice: earlier work directories name nothing else of the machine.
         settings = config.to_dict() | {"device": machine["device"], "environment": machine}
         is_missing = not all(path.exists() for path in run_files(options.workdir, options.runs))

@@ -29,7 +29,7 @@ import numpy as np
 
 from cnnjax import study, weights
 from cnnjax.models import Network, create_model, list_models
-from cnnjax.runtime import backend, tables
+from cnnjax.runtime import host, tables
 
 # The learning rate is so small that repeated steps do not change the time.
 _RATE = 1e-6
@@ -96,7 +96,7 @@ def load_torchvision() -> Frameworks:
 
 def load(options) -> Frameworks:
     frameworks = load_torchvision()
-    frameworks.torch.set_num_threads(backend.cores())
+    frameworks.torch.set_num_threads(host.cores())
     return frameworks
 
 
@@ -104,7 +104,7 @@ def environment(options) -> dict:
     """Describes the machine and the versions, on which times depend."""
     torch, torchvision = load_torchvision()
     versions = {"torch": torch.__version__, "torchvision": torchvision.__version__}
-    return backend.machine() | versions
+    return host.machine() | versions
 
 
 # --- The same network on both sides ---------------------------------------------------------------

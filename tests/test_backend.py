@@ -11,7 +11,7 @@ import forked
 import jax
 import pytest
 
-from cnnjax.runtime import backend
+from cnnjax.runtime import backend, host, processes
 
 FLAG = "--xla_cpu_experimental_ynn_fusion_type"
 
@@ -88,7 +88,7 @@ def test_cache_is_keyed_by_jaxlib_and_cores(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     own = str(backend._cache_dir())
     assert own.startswith(str(tmp_path / "cnnjax" / "xla" / f"jaxlib-{jax.lib.__version__}-"))
-    assert own.endswith(f"-{backend.cores()}")
+    assert own.endswith(f"-{host.cores()}")
     if hasattr(os, "sched_setaffinity"):
         cores = os.sched_getaffinity(0)
         os.sched_setaffinity(0, [min(cores)])
@@ -132,23 +132,23 @@ def test_of_several_processes_one_logs(monkeypatch, index, level):
     log = logging.getLogger("cnnjax")
     monkeypatch.setattr(log, "level", log.level)
     log.setLevel(logging.INFO)
-    backend.join(f"localhost:1234,2,{index}")
+    processes.join(f"localhost:1234,2,{index}")
     assert log.level == level
-    assert backend.writes() == (index == 0)
+    assert processes.writes() == (index == 0)
 
 
 def test_a_process_that_fails_does_not_keep_the_writer_waiting(monkeypatch):
     points = []
-    monkeypatch.setattr(backend, "writes", lambda: False)
-    monkeypatch.setattr(backend, "wait_for_others", points.append)
-    with pytest.raises(ValueError, match="not JSON"), backend.writer_last("the record is read"):
+    monkeypatch.setattr(processes, "writes", lambda: False)
+    monkeypatch.setattr(processes, "wait_for_others", points.append)
+    with pytest.raises(ValueError, match="not JSON"), processes.writer_last("the record is read"):
         raise ValueError("config.json is not JSON")
     assert points == ["the record is read"]
 
 
 def test_the_environment_names_the_packages_that_are_installed(monkeypatch):
     """An installation without extras has no scikit-image."""
-    packages = backend.describe()["packages"]
+    packages = host.describe()["packages"]
     assert packages.keys() >= {"jax", "scikit-learn", "scikit-image", "pillow"}
     version = importlib.metadata.version
 
@@ -158,5 +158,5 @@ def test_the_environment_names_the_packages_that_are_installed(monkeypatch):
         return version(name)
 
     monkeypatch.setattr(importlib.metadata, "version", without_extras)
-    packages = backend.describe()["packages"]
+    packages = host.describe()["packages"]
     assert "jax" in packages and "scikit-image" not in packages

@@ -27,7 +27,7 @@ from cnnjax.data import arrays
 from cnnjax.models import Network, base, create_model
 from cnnjax.models.speedrun import _partly_identity, whitening_filters
 from cnnjax.nn import BatchNorm, Conv, Dense, conv, flatten, max_pool
-from cnnjax.runtime import backend, files
+from cnnjax.runtime import files, host
 from cnnjax.train import data
 from experiments import speedrun
 
@@ -619,8 +619,8 @@ def test_speedruns_of_two_machines_are_not_mixed(tmp_path, monkeypatch, capsys):
     assert speedrun.main([*command, "3"]) == 75
     assert speedrun.main([*command, "2"]) == 0
     assert "## Environment\n" in (tmp_path / "report.md").read_text()
-    machine = backend.machine() | {"processor": "another"}
-    monkeypatch.setattr(backend, "machine", lambda: machine)
+    machine = host.machine() | {"processor": "another"}
+    monkeypatch.setattr(host, "machine", lambda: machine)
     capsys.readouterr()
     assert speedrun.main([*command, "3"]) == 2
     assert "environment.processor=" in capsys.readouterr().err

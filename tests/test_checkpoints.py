@@ -15,7 +15,7 @@ import numpy as np
 import optax
 import pytest
 
-from cnnjax.runtime import backend, files
+from cnnjax.runtime import files, processes
 from cnnjax.train import defaults, loop, results
 from cnnjax.train.checkpoints import Checkpoints, NotWritten
 
@@ -217,7 +217,7 @@ def test_a_first_checkpoint_that_was_not_finished_is_none(tmp_path, caplog, monk
     def wait(point):
         waits.append((point, (tmp_path / "1").exists()))
 
-    monkeypatch.setattr(backend, "wait_for_others", wait)
+    monkeypatch.setattr(processes, "wait_for_others", wait)
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, a_state(1), {})
     (tmp_path / "1" / "manifest.json").unlink()

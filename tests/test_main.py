@@ -190,7 +190,7 @@ def test_a_pipe_to_a_dead_process_is_an_error(capsys):
 
 def test_only_training_is_distributed(capsys, monkeypatch):
     """Every process of a position study would measure everything and write the same files."""
-    monkeypatch.setattr(main.backend, "join", pytest.fail)
+    monkeypatch.setattr(main.processes, "join", pytest.fail)
     assert main.main(["--config", "configs/posenet.py", "--distributed=auto"]) == 2
     assert capsys.readouterr().err == (
         "error: distributed='auto' is for training; this configuration is of kind='position'\n"

@@ -35,7 +35,7 @@ from cnnjax.models import Network, create_model
 from cnnjax.models.googlenet import sow_logits
 from cnnjax.models.small import SmallConvNet, SmallResNet
 from cnnjax.nn import BatchNorm, Conv, Dense, global_avg_pool, lowering
-from cnnjax.runtime import backend, claims, figures, files, workdir
+from cnnjax.runtime import claims, figures, files, processes, workdir
 from cnnjax.train import adopt, defaults, evaluate, loop, schedules, step
 from cnnjax.train import data as training_data
 from cnnjax.train import results as training_results
@@ -642,7 +642,7 @@ def train_here(folder: pathlib.Path, **changes) -> dict:
 @pytest.mark.slow
 def test_a_process_that_does_not_write_leaves_only_checkpoints(tmp_path, monkeypatch):
     """Of several processes, each saves its part of a checkpoint and one writes the other files."""
-    monkeypatch.setattr(backend, "writes", lambda: False)
+    monkeypatch.setattr(processes, "writes", lambda: False)
     config = defaults.get_config()
     config.update_from_flattened_dict({**QUICK, "epochs": 2})
     workdir.prepare(tmp_path, config.to_dict())

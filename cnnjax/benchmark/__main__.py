@@ -49,7 +49,7 @@ from cnnjax.benchmark.cases import (
     SPECIFICATIONS,
 )
 from cnnjax.data import photographs
-from cnnjax.runtime import backend, command, files, tables, workdir
+from cnnjax.runtime import backend, command, files, host, tables, workdir
 
 WHAT = ("cpu", "gpu", "layers", "compile", "study", "seeds", "input")
 # Options that only these benchmarks use.
@@ -442,7 +442,7 @@ def _work(options, folder: pathlib.Path) -> None:
 
 def _measure(options, sides: list[str], folder: pathlib.Path) -> None:
     """Measures, and writes report.md and benchmark.json."""
-    device = backend.describe()
+    device = host.describe()
 
     def save(text, results):
         first = ", ".join(device["devices"][:1])

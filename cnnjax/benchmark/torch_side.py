@@ -12,7 +12,7 @@ import torch
 
 from cnnjax.benchmark import cases
 from cnnjax.models import create_model
-from cnnjax.runtime import backend
+from cnnjax.runtime import host
 
 
 def network(name: str, batch: int, device: str, compiled: bool) -> tuple[dict, dict]:
@@ -161,5 +161,5 @@ def product(what: str) -> Callable:
 
 def start() -> None:
     """Prepares the process: all cores, and the fastest algorithms of cuDNN."""
-    torch.set_num_threads(backend.cores())
+    torch.set_num_threads(host.cores())
     torch.backends.cudnn.benchmark = True

@@ -4,18 +4,17 @@
 command before it computes.
 """
 
-import contextlib
 import functools
 import hashlib
 import importlib.metadata
-import logging
 import os
 import pathlib
 import platform
 import re
 import sys
 import warnings
-from collections.abc import Iterator
+
+from cnnjax.runtime.host import cores
 
 _FLAG = "--xla_cpu_experimental_ynn_fusion_type"
 # jaxlib 0.10.2 fuses reductions into YNNPACK on the CPU by default and computes some of them
@@ -93,14 +92,6 @@ def check_numerics() -> None:
             )
 
 
-def cores() -> int:
-    """Counts the CPU cores that this process may use."""
-    # macOS and Windows have no `sched_getaffinity`.
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 def _cache_dir() -> pathlib.Path | None:
     """Returns the compilation cache's folder: one per jaxlib, processor and core count.
 
@@ -160,140 +151,3 @@ def start() -> None:
     if not has_cache and (folder := _cache_dir()):
         jax.config.update("jax_compilation_cache_dir", str(folder))
     check_numerics()
-
-
-_DISTRIBUTED = re.compile(r"(?P<coordinator>[^,\s]+:\d+),(?P<count>\d+),(?P<index>\d+)")
-
-
-def join(how: str) -> None:
-    """Makes this process one of several that compute together; call it before `start`.
-
-    Args:
-      how: "auto", where the environment has the settings (Slurm, Cloud TPU, GKE, Open MPI), or
-        "HOST:PORT,PROCESSES,INDEX".
-
-    Raises:
-      ValueError: for anything else, and for "auto" without a cluster.
-      RuntimeError: if the other processes cannot be reached.
-    """
-    import jax
-
-    settings = _DISTRIBUTED.fullmatch(how)
-    if how != "auto" and not (settings and int(settings["index"]) < int(settings["count"])):
-        raise ValueError(
-            f"distributed={how!r} is neither 'auto' nor HOST:PORT,PROCESSES,INDEX with an INDEX "
-            "below PROCESSES"
-        )
-    try:
-        if settings:
-            jax.distributed.initialize(
-                settings["coordinator"], int(settings["count"]), int(settings["index"])
-            )
-        else:
-            jax.distributed.initialize()
-    except (ValueError, RuntimeError) as error:
-        # With "auto", jax raises `ValueError` if no cluster tells it the coordinator's address.
-        if not settings and isinstance(error, ValueError):
-            raise ValueError(
-                "distributed='auto' found no cluster (Slurm, Cloud TPU, GKE, Open MPI); give "
-                "HOST:PORT,PROCESSES,INDEX"
-            ) from error
-        raise RuntimeError(
-            f"distributed={how!r}: the processes could not be joined: "
-            f"{' '.join(str(error).split())}"
-        ) from error
-    if jax.process_index():
-        # One process logs; the others only warn.
-        logging.getLogger("cnnjax").setLevel(logging.WARNING)
-
-
-def is_joined() -> bool:
-    """Tells whether this process is one of several that compute together."""
-    # Not imported here, which --help would wait for: without jax, nothing has been joined.
-    jax = sys.modules.get("jax")
-    return jax is not None and jax.distributed.is_initialized()
-
-
-def writes() -> bool:
-    """Tells whether this process writes files: of several, only the first one does."""
-    if not is_joined():
-        return True
-    import jax
-
-    return jax.process_index() == 0
-
-
-def wait_for_others(point: str) -> None:
-    """Waits until all processes that compute together reach the point of this name."""
-    if is_joined():
-        from jax.experimental import multihost_utils
-
-        multihost_utils.sync_global_devices(point)
-
-
-@contextlib.contextmanager
-def writer_last(point: str) -> Iterator[None]:
-    """Runs the context in the writing process only after all others have left it.
-
-    So all processes read the files before one changes them. A process that fails has left the
-    context, too, so the writer does not wait for it.
-    """
-    if writes():
-        wait_for_others(point)
-    try:
-        yield
-    finally:
-        if not writes():
-            wait_for_others(point)
-
-
-def _versions() -> dict[str, str]:
-    """Returns the versions of the packages on which results depend, if they are installed."""
-    versions = {}
-    packages = ("jax", "jaxlib", "flax", "optax", "numpy", "scipy")
-    # Installations without extras lack these: studies fit with scikit-learn, and read photographs
-    # included in it and in scikit-image.
-    extras = ("scikit-learn", "scikit-image", "pillow")
-    for name in packages + extras:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[name] = importlib.metadata.version(name)
-    return versions
-
-
-def processor_name() -> str:
-    """Names the processor's model."""
-    # On systems without this file, such as macOS, ask Python.
-    with contextlib.suppress(OSError):
-        for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor()
-
-
-def machine() -> dict:
-    """Describes what times depend on: processor, device, and jax's version."""
-    import jax
-
-    return {
-        "processor": processor_name(),
-        "threads": cores(),
-        "device": jax.devices()[0].device_kind,
-        "jax": jax.__version__,
-    }
-
-
-def describe() -> dict:
-    """Describes the environment that produces a result: versions, devices, flags."""
-    import jax
-
-    return {
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "packages": _versions(),
-        "backend": jax.default_backend(),
-        "devices": [device.device_kind for device in jax.devices()],
-        "cpus": cores(),
-        "xla_flags": os.environ.get("XLA_FLAGS", ""),
-        # As above, mypy does not know the option.
-        "matmul_precision": jax.config.jax_default_matmul_precision,  # type: ignore[attr-defined]
-    }

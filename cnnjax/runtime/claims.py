@@ -28,7 +28,7 @@ import time
 import uuid
 from collections.abc import Iterator
 
-from cnnjax.runtime import backend, files
+from cnnjax.runtime import files, processes
 
 CLAIM = "run.claim"
 # Seconds between two renewals of a claim, and the age at which it is stale.
@@ -280,7 +280,7 @@ def claim(folder: pathlib.Path) -> Iterator[None]:
         ValueError: if the directory is a file, or cannot be written to.
     """
     # Of several processes that compute together, the first one claims for all.
-    if not backend.writes():
+    if not processes.writes():
         yield
         return
     path = folder / CLAIM

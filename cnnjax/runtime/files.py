@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from cnnjax.runtime import backend
+from cnnjax.runtime import processes
 
 
 @contextlib.contextmanager
@@ -55,7 +55,7 @@ def write(path: pathlib.Path, content: str | bytes) -> None:
 
     Of several processes that compute together, only the first one writes.
     """
-    if not backend.writes():
+    if not processes.writes():
         return
     if isinstance(content, str):
         # A file's name may hold bytes that are not UTF-8.

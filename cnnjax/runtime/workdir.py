@@ -29,7 +29,7 @@ import pathlib
 import subprocess
 from collections.abc import Callable, Iterator
 
-from cnnjax.runtime import backend, claims, files
+from cnnjax.runtime import claims, files, host, processes
 from cnnjax.runtime.paths import sha256
 
 _MANIFEST = "manifest.json"
@@ -280,7 +280,7 @@ def _environment(folder: pathlib.Path, config: dict) -> dict:
 
     Different environments of earlier starts are listed under "earlier", each once.
     """
-    current = backend.describe() | {"seed": config.get("seed"), "git_revision": _git_revision()}
+    current = host.describe() | {"seed": config.get("seed"), "git_revision": _git_revision()}
     recorded = []
     if has_started(folder):
         recorded = read_environments(folder)
@@ -326,19 +326,19 @@ def _hash_results(folder: pathlib.Path) -> dict[str, str]:
 
 def seal(folder: pathlib.Path) -> None:
     """Records the hashes of a finished run's files in manifest.json."""
-    if backend.writes():
+    if processes.writes():
         files.write_json(folder / _MANIFEST, _hash_results(folder))
 
 
 def unseal(folder: pathlib.Path) -> None:
     """Removes the hashes of a run that continues, since its files will change."""
-    if backend.writes():
+    if processes.writes():
         (folder / _MANIFEST).unlink(missing_ok=True)
 
 
 def _forget_failure(folder: pathlib.Path) -> None:
     """Removes a sweep's record of why a run failed, since the run begins again."""
-    if backend.writes():
+    if processes.writes():
         (folder / FAILURE).unlink(missing_ok=True)
 
 
@@ -409,7 +409,7 @@ def run_once(
         # A seal is not renewed: what has changed since must be noticed.
         if not (folder / _MANIFEST).exists():
             seal(folder)
-        return files.read_json(folder / "results.json") if backend.writes() else {}
+        return files.read_json(folder / "results.json") if processes.writes() else {}
 
 
 def _check_foreign(folder: pathlib.Path, config: dict) -> None:
@@ -511,7 +511,7 @@ def _undone_if_refused(folder: pathlib.Path) -> Iterator[None]:
     except (ValueError, FileNotFoundError):
         # No file was added or written since; some may have been removed.
         is_untouched = _list_times(folder).items() <= before.items()
-        if backend.writes() and is_untouched:
+        if processes.writes() and is_untouched:
             # On a disk that can no longer be written to, the refusal itself is reported.
             with contextlib.suppress(OSError):
                 for path, content in earlier.items():

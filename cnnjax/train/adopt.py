@@ -10,7 +10,7 @@ import ml_collections
 from cnnjax import transfer
 from cnnjax.models import list_models
 from cnnjax.models.base import name_with_file
-from cnnjax.runtime import backend, files, workdir
+from cnnjax.runtime import files, processes, workdir
 from cnnjax.runtime.paths import sha256
 from cnnjax.train import defaults, results
 from cnnjax.train.checkpoints import Checkpoints
@@ -256,7 +256,7 @@ def _add_epochs(folder: pathlib.Path, recorded: dict, config: ml_collections.Con
                 "folder"
             )
         _check_can_continue(folder, config)
-        if not backend.writes():
+        if not processes.writes():
             return
         earlier = [*finished.get("extended_from", []), finished["final"]]
         # First of all, since the hashes include extended.json, which changes next.

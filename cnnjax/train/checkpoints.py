@@ -17,7 +17,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from cnnjax.runtime import backend, files
+from cnnjax.runtime import files, processes
 from cnnjax.runtime.paths import sha256
 from cnnjax.train import tensorstore_noise
 
@@ -353,9 +353,9 @@ class Checkpoints:
                 step,
             )
         # Renamed once every process has read them, and before any looks for the others.
-        backend.wait_for_others("a damaged checkpoint is read")
+        processes.wait_for_others("a damaged checkpoint is read")
         if jax.process_index() == 0:
             for step in damages:
                 self._path(step).rename(self.folder / f"damaged-{step}-{time.time_ns()}")
-        backend.wait_for_others("a damaged checkpoint is put aside")
+        processes.wait_for_others("a damaged checkpoint is put aside")
         self._manager.reload()

@@ -17,7 +17,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from cnnjax.runtime import backend, claims, files, signals, workdir
+from cnnjax.runtime import claims, files, processes, signals, workdir
 from cnnjax.train import report, results, schedules, step
 from cnnjax.train.adopt import adopt_changes, complete_record, is_equivalent
 from cnnjax.train.check import check
@@ -37,9 +37,9 @@ _SECONDS_BETWEEN_LINES = 60.0
 
 def adopt(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
     """Adopts a changed configuration; failures are explained as in `run`."""
-    with backend.writer_last("the record is read"):
+    with processes.writer_last("the record is read"):
         complete_record(config, folder)
-    backend.wait_for_others("the record is complete")
+    processes.wait_for_others("the record is complete")
     with _explain_failures(config, folder):
         adopt_changes(config, folder)
 
@@ -57,7 +57,7 @@ def run(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
     """
     with _explain_failures(config, folder):
         train(config, folder)
-        if backend.writes():
+        if processes.writes():
             report.write(folder)
 
 
@@ -234,7 +234,7 @@ def train(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
 
     # -------------------------------------------------------------- results
     state = parallel.fetch(state)
-    if not backend.writes():
+    if not processes.writes():
         return
     claims.check_held(folder)
     results.write_weights(folder, state)

@@ -15,7 +15,7 @@ from tensorboardX.record_writer import masked_crc32c
 
 from cnnjax import transfer, weights
 from cnnjax.data.splits import IGNORED
-from cnnjax.runtime import backend, files
+from cnnjax.runtime import files, processes
 from cnnjax.train import evaluate, report, step
 from cnnjax.train.training import Scored, Training
 
@@ -66,7 +66,7 @@ class History:
         else:
             append_events(self._events, [entry])
         seconds_since_drawing = time.monotonic() - self._last_drawing
-        if seconds_since_drawing > _SECONDS_BETWEEN_CURVES and backend.writes():
+        if seconds_since_drawing > _SECONDS_BETWEEN_CURVES and processes.writes():
             report.write_curves(self._folder, self.entries)
             self._last_drawing = time.monotonic()
 
@@ -97,7 +97,7 @@ def stops_early(epochs: int, entries: list[dict]) -> bool:
 
 def write_events(folder: pathlib.Path, entries: list[dict]) -> None:
     """Writes all epochs so far as TensorBoard events, and removes older files of events."""
-    if not backend.writes():
+    if not processes.writes():
         return
     with files.naming(folder):
         folder.mkdir(exist_ok=True)
@@ -113,7 +113,7 @@ def append_events(folder: pathlib.Path, entries: list[dict]) -> None:
 
     tensorboardX's own writer writes in a thread, where a full disk would go unnoticed.
     """
-    if not backend.writes():
+    if not processes.writes():
         return
     records = []
     for entry in entries:
