@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.experimental import multihost_utils
 
 from cnnjax.runtime import files, processes
 from cnnjax.train import defaults, loop, results
@@ -231,6 +232,28 @@ def test_a_first_checkpoint_that_was_not_finished_is_none(tmp_path, caplog, monk
         checkpoints.save(1, a_state(1), {})
     with Checkpoints(tmp_path) as checkpoints:
         assert checkpoints.restore(a_state(0))[0] == 1
+
+
+def test_a_process_that_is_gone_is_told_from_a_full_disk(tmp_path, monkeypatch):
+    """jaxlib and tensorstore raise `ValueError` for them."""
+
+    def lose(*arguments, **options):
+        raise ValueError("UNKNOWN: Gloo AllGather failed: Connection reset by peer")
+
+    def fill(*arguments, **options):
+        raise ValueError("RESOURCE_EXHAUSTED: No space left on device")
+
+    monkeypatch.setattr(multihost_utils, "process_allgather", lose)
+    wait = lambda *arguments, **options: multihost_utils.assert_equal(np.int32(1))
+    for fail, kind, message in (
+        (wait, RuntimeError, "Connection reset"),
+        (fill, NotWritten, "No space"),
+    ):
+        with pytest.raises(RuntimeError, match=message) as raised:
+            with Checkpoints(tmp_path) as checkpoints:
+                monkeypatch.setattr(checkpoints._manager, "save", fail)
+                checkpoints.save(1, a_state(1), {})
+        assert raised.type is kind
 
 
 @pytest.mark.slow

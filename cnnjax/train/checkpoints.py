@@ -11,6 +11,7 @@ import pathlib
 import shutil
 import threading
 import time
+import traceback
 from collections.abc import Callable
 
 import jax
@@ -23,6 +24,8 @@ from cnnjax.train import tensorstore_noise
 
 _LOG = logging.getLogger("cnnjax")
 _MANIFEST = "manifest.json"
+# The module of jax in which processes wait for each other.
+_WAITING = "jax.experimental.multihost_utils"
 # Parts of a state that checkpoints of earlier versions lack, and the parts that they begin from.
 _ADDED_PARTS = {".ema_batch_stats": ".batch_stats"}
 
@@ -81,6 +84,15 @@ def _saved_name(name: str, saved: dict[str, list]) -> str:
         if name not in saved and name.startswith(added):
             return origin + name.removeprefix(added)
     return name
+
+
+def _has_waited_in_vain(failure: Exception) -> bool:
+    """Tells whether a process could not write because another one, which writes too, is gone."""
+    if isinstance(failure, (TimeoutError, jax.errors.JaxRuntimeError)):
+        return True
+    # jaxlib also raises `ValueError`, as tensorstore does if the disk is full.
+    frames = traceback.walk_tb(failure.__traceback__)
+    return any(frame.f_globals.get("__name__") == _WAITING for frame, _ in frames)
 
 
 class NotWritten(RuntimeError):
@@ -167,10 +179,7 @@ class Checkpoints:
             return
         failure = self._failure
         self._failure = None
-        # Of several processes that write together, one that waits for another in vain gets one of
-        # these errors.
-        is_waiting = isinstance(failure, (TimeoutError, jax.errors.JaxRuntimeError))
-        kind = RuntimeError if is_waiting else NotWritten
+        kind = RuntimeError if _has_waited_in_vain(failure) else NotWritten
         raise kind(self._describe(failure)) from failure
 
     def _seal(self, step: int, best: int | None) -> None:
