@@ -938,6 +938,22 @@ def refused(capsys, *arguments) -> str:
     return message
 
 
+@pytest.mark.parametrize(
+    "dataset, dataset_now", [("cifar10", "cifar10"), ("here/own.npz", "moved/own.npz")]
+)
+def test_data_that_have_moved_are_read_where_they_are(dataset, dataset_now, monkeypatch):
+    config = defaults.get_config()
+    config.dataset = dataset
+
+    def load(*arguments):
+        raise ValueError(arguments)
+
+    monkeypatch.setattr(combination.arrays, "load", load)
+    with pytest.raises(ValueError) as raised:
+        combination._read_networks({pathlib.Path("a"): config.to_dict()}, "ensemble", "moved")
+    assert raised.value.args[0] == (dataset_now, "moved", config.n_validation)
+
+
 @pytest.mark.slow
 def test_a_combination_without_its_data_leaves_no_folder(finished, tmp_path, capsys, monkeypatch):
     def load(dataset, data_dir, n_validation):

@@ -128,6 +128,9 @@ def _read_networks(
     first = complete(next(iter(configs.values())))
     if data_dir is not None:
         first.data_dir = data_dir
+        # A file of the user's has its own path.
+        if first.dataset.endswith(".npz"):
+            first.dataset = os.path.join(data_dir, os.path.basename(first.dataset))
     data = arrays.load(first.dataset, first.data_dir, first.n_validation)
     check_data(configs, data, first)
     members: list[Member] = []

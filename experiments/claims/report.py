@@ -58,11 +58,11 @@ def summary(findings: list[Finding]) -> str:
     return tables.table(["lecture", *VERDICTS], lines)
 
 
-def wrong_claims(findings: list[Finding]) -> str:
-    """Returns a list of the wrong claims, each with the right value and its figure."""
+def wrong_claims(findings: list[Finding], verdict: str) -> str:
+    """Returns a list of the claims of a verdict, each with the right value and its figure."""
     lines = []
     for finding in findings:
-        if finding.verdict in (WRONG, CONTRADICTED):
+        if finding.verdict == verdict:
             sources = ", ".join(finding.sources)
             lines.append(
                 f"- **{finding.id}** ({sources}). {finding.statement}. Right: {finding.note}."
@@ -108,7 +108,9 @@ def render(sections: tuple[Section, ...], findings: list[Finding]) -> str:
         f"{len(findings)} claims. A claim that several lectures make counts for each of them.",
         summary(findings),
         "## Wrong as printed",
-        wrong_claims(findings),
+        wrong_claims(findings, WRONG),
+        "## Wrong by publications",
+        wrong_claims(findings, CONTRADICTED),
     ]
     parts += [render_section(section, by_id) for section in sections]
     return "\n\n".join(parts) + "\n"

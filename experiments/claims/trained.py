@@ -4,7 +4,8 @@ Nothing is trained here: measured.json holds each mean, its sample standard devi
 command that measures it. A difference counts if its 95 % interval excludes zero: Welch's for two
 means, Student's t for a mean such as a gain. A claim whose boundary lies in the interval, or whose
 numbers have no known spread, is undecided, so noise never decides a claim. A claim of *no* effect
-is not judged by wide intervals, which include zero easily.
+is not judged by wide intervals, which include zero easily: C1 is judged by a mean R2 alone, whose
+spread was not kept.
 
 Differences of the position study's SPC have no such interval: its deviations are over images and
 seeds together, and the means of single seeds were not kept. Here, n counts the seeds alone, and the
@@ -129,8 +130,8 @@ def image_alone() -> Verdict:
         False,
         evidence("image_alone_r2", "image_alone_h", "image_alone_v", "image_alone_plain"),
         as_read=mean("image_alone_r2") <= 0 and is_plain_zero,
-        note="by the mean R2, which is not above that of a constant; on single photographs SPC can "
-        "be anything, and its spread is too wide to show that it is 0 (H), or .13 (V)",
+        note="by the mean R2, whose spread was not kept: it is not above that of a constant; SPC "
+        "on single photographs can be anything, and five seeds do not show that it is 0",
     )
 
 
@@ -157,7 +158,7 @@ def resnet_reads_more() -> Verdict:
         as_read=every(is_greater("resnet_h", "vgg_h"), is_greater("resnet_v", "vgg_v")),
         note=DIRECTION_ONLY,
         undecided=f"with random weights, ResNet gives {gaps['h']:.2f} (H) and {gaps['v']:.2f} (V) "
-        "more; the interval of a difference includes 0, and they were not tested paired by seed",
+        "more; the interval of the second includes 0, and they were not tested paired by seed",
     )
 
 
