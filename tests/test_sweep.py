@@ -746,7 +746,8 @@ def test_tasks_of_slurm_jobs_get_the_cpus_that_are_asked_for(tmp_path, monkeypat
     monkeypatch.setattr(submitit.SlurmExecutor, "affinity", lambda executor: 1)
     own = "slurm_srun_args=['--cpu-bind=cores']"
     for settings in ([], ["cpus_per_task=8"], ["slurm_cpus_per_task=4"], ["cpus_per_task=8", own]):
-        jobs.submit(["true"], folder=tmp_path, cluster="slurm", count=1, settings=settings)
+        executor = jobs.build_executor(tmp_path, cluster="slurm", settings=settings)
+        jobs.submit(executor, ["true"], 1)
     assert given == [None, ["--cpus-per-task=8"], ["--cpus-per-task=4"], ["--cpu-bind=cores"]]
 
 
