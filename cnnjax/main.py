@@ -31,7 +31,7 @@ def job_of(config: ml_collections.ConfigDict) -> types.ModuleType:
     """Returns the module that does what the configuration's `kind` says.
 
     It has `check`, `adopt`, `run` and `report.write`. The training module also has
-    `complete_record` and `is_equivalent`, which sweeps use.
+    `complete_record`, `is_equivalent` and `may_have_moved`, which sweeps use.
 
     Raises `ValueError` if there is no job of that kind.
     """

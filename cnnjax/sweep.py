@@ -212,9 +212,12 @@ def check(runs: list[Run], overrides: Collection[str] = ()) -> None:
 def check_record(run: Run) -> None:
     """Checks that a run's folder, if it has been started, is of the run's configuration.
 
+    If the run's data set or initial weights have moved, its record gets the present path.
+
     Raises:
         workdir.OtherConfiguration: if it is of another one.
-        ValueError: if its config.json is not JSON.
+        claims.Claimed: if its files have moved and another process holds it.
+        ValueError: if its config.json is not JSON, or if `data_dir` holds other images.
     """
     # Read first: another process may finish the run while its record is checked.
     is_done = run.is_done
@@ -225,6 +228,9 @@ def check_record(run: Run) -> None:
     job.complete_record(run.config, run.folder)
     # Keys such as `workers` may differ, as they change no result.
     if not job.is_equivalent(run.config, run.folder):
+        if job.may_have_moved(run.config, run.folder):
+            with claims.claim(run.folder):
+                job.adopt(run.config, run.folder)
         workdir.check_config(run.folder, run.config.to_dict())
     run.is_checked = is_done
 

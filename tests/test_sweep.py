@@ -22,7 +22,7 @@ import scipy.stats
 from cnnjax import sweep
 from cnnjax.data import arrays
 from cnnjax.runtime import configuration, files, jobs, workdir
-from cnnjax.train import defaults, loop
+from cnnjax.train import adopt, defaults, loop
 from cnnjax.train.run import read_config
 
 pytestmark = pytest.mark.slow
@@ -295,6 +295,39 @@ def test_a_sweep_goes_on_with_other_workers(run_sweep, tmp_path):
     for seed, workers in ((0, 2), (1, 0)):
         record = (tmp_path / "runs" / f"seed={seed}" / "config.json").read_text()
         assert json.loads(record)["workers"] == workers
+
+
+def test_a_sweep_goes_on_with_its_images_in_another_folder(run_sweep, tmp_path, monkeypatch, capfd):
+    """So do finished and started runs; other images are refused, and nothing is changed."""
+    checked = []
+    run = types.SimpleNamespace(check_data=checked.append)
+    monkeypatch.setattr(adopt, "build_run", lambda config: run)
+    monkeypatch.setattr(adopt, "_read_origin", lambda folder, config, key: {"digest": "0a1b"})
+
+    def stop(config, folder):
+        if config.seed == 1:
+            (folder / "metrics.jsonl").touch()
+            raise workdir.Interrupted("stopped by SIGTERM")
+
+    assert run_sweep(stop) == 75
+    assert run_sweep(lambda config, folder: None, "--config.data_dir=/elsewhere") == 0
+    # Those of the two runs that had begun.
+    assert checked == 2 * [{"digest": "0a1b"}]
+    (row,) = read_rows(tmp_path / "runs")
+    assert row["test_error"]["n"] == 4
+    records = [tmp_path / "runs" / f"seed={seed}" / "config.json" for seed in range(4)]
+    for record in records:
+        assert json.loads(record.read_text())["data_dir"] == "/elsewhere"
+
+    def refuse(images):
+        raise ValueError("the images have changed")
+
+    run.check_data = refuse
+    before = [record.read_bytes() for record in records]
+    capfd.readouterr()
+    assert run_sweep(lambda config, folder: None, "--config.data_dir=/third") == 2
+    assert capfd.readouterr().err.endswith("error: the images have changed\n")
+    assert [record.read_bytes() for record in records] == before
 
 
 @pytest.mark.parametrize("part, use", [("train", "trained"), ("test", "tested")])

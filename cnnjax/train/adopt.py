@@ -23,6 +23,8 @@ _LOG = logging.getLogger("cnnjax")
 _EQUIVALENT = {"checkpoint_every_steps", "skip_damaged", "workers"}
 # The keys that a run may adopt after it has begun.
 _ADOPTED = {"data_dir", "epochs"} | _EQUIVALENT
+# Those that name files, which may have moved.
+_FILES = {"data_dir", "initial_weights"}
 
 
 def complete_record(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
@@ -51,7 +53,7 @@ def complete_record(config: ml_collections.ConfigDict, folder: pathlib.Path) -> 
         if config[key] == current[key]:
             config[key] = value
     # If the configurations differ otherwise, the run will be refused and keeps its record.
-    accepted = _ADOPTED | {"initial_weights", "model"}
+    accepted = _ADOPTED | _FILES | {"model"}
     if workdir.differences(completed, config.to_dict()) <= accepted:
         if missing:
             _LOG.info("%s was begun without %s: as before", folder, ", ".join(missing))
@@ -123,7 +125,7 @@ def _take_initial_weights(
     results nor a checkpoint have the contents' SHA-256.
     """
     differences = workdir.differences(recorded, config.to_dict())
-    if "initial_weights" not in differences or not differences <= _ADOPTED | {"initial_weights"}:
+    if "initial_weights" not in differences or not differences <= _ADOPTED | _FILES:
         return recorded
     digest = _read_origin(folder, config, "initial_weights_sha256")
     if not digest or not config.initial_weights:
@@ -193,6 +195,18 @@ def is_equivalent(config: ml_collections.ConfigDict, folder: pathlib.Path) -> bo
     return recorded is not None and workdir.differences(
         recorded, config.to_dict()
     ) <= _equivalent_keys(config)
+
+
+def may_have_moved(config: ml_collections.ConfigDict, folder: pathlib.Path) -> bool:
+    """Tells whether a run differs from this configuration only in where its files are.
+
+    Whether they have the same contents is for `adopt_changes` to find out.
+    """
+    recorded = workdir.read_record(folder, "train")
+    if recorded is None:
+        return False
+    differences = workdir.differences(recorded, config.to_dict())
+    return differences <= _FILES | _equivalent_keys(config)
 
 
 def _equivalent_keys(config: ml_collections.ConfigDict) -> set[str]:

@@ -19,7 +19,12 @@ import numpy as np
 
 from cnnjax.runtime import claims, files, processes, signals, workdir
 from cnnjax.train import report, results, schedules, step
-from cnnjax.train.adopt import adopt_changes, complete_record, is_equivalent
+from cnnjax.train.adopt import (
+    adopt_changes,
+    complete_record,
+    is_equivalent,
+    may_have_moved,
+)
 from cnnjax.train.check import check
 from cnnjax.train.checkpoints import Checkpoints, NotWritten
 from cnnjax.train.data import DatasetTooLarge, is_exhausted
@@ -28,7 +33,15 @@ from cnnjax.train.schedules import Plateau
 from cnnjax.train.training import Training, build_run
 
 # `cnnjax.main` and `cnnjax.sweep` call these: they make this module a job.
-__all__ = ["adopt", "check", "complete_record", "is_equivalent", "report", "run"]
+__all__ = [
+    "adopt",
+    "check",
+    "complete_record",
+    "is_equivalent",
+    "may_have_moved",
+    "report",
+    "run",
+]
 
 _LOG = logging.getLogger("cnnjax")
 # Lines within an epoch.
