@@ -1,7 +1,7 @@
 """Print the five most likely classes of photographs.
 
     python -m cnnjax.predict resnet50 photo.jpg ... [--tag imagenet1k_v2] [--weights FILE]
-    python -m cnnjax.predict runs/mine photo.jpg folder ...
+    python -m cnnjax.predict runs/mine photo.jpg folder ... [--csv]
 
 The first form uses published ImageNet weights, found on this machine or downloaded; the second the
 network of a finished training run, or of a combination that is one network. Photographs are
@@ -9,6 +9,7 @@ prepared as the network was trained; a run with `test_views` averages as many vi
 """
 
 import argparse
+import csv
 import logging
 import pathlib
 import sys
@@ -80,10 +81,18 @@ def _work(options: argparse.Namespace) -> None:
     network = classifier.open_classifier(options)
     files = _list_images(options.photographs)
     damaged: set[pathlib.Path] | None = set() if options.skip_damaged else None
+    table = csv.writer(sys.stdout, lineterminator="\n")
+    if options.csv:
+        table.writerow(["file", "rank", "class", "probability"])
     for file, row in _predict(network, files, damaged):
-        print(file, flush=True)
-        for number in np.argsort(-row, kind="stable")[:_SHOWN]:
-            print(f"  {100 * row[number]:6.2f} %  {network.classes[number]}")
+        if not options.csv:
+            print(file)
+        for rank, number in enumerate(np.argsort(-row, kind="stable")[:_SHOWN], 1):
+            if options.csv:
+                table.writerow([file, rank, network.classes[number], f"{row[number]:.6f}"])
+            else:
+                print(f"  {100 * row[number]:6.2f} %  {network.classes[number]}")
+        sys.stdout.flush()
     if damaged:
         noun = "image" if len(damaged) == 1 else "images"
         _LOG.warning("%d damaged %s passed over", len(damaged), noun)
@@ -97,6 +106,11 @@ def main(arguments: list[str] | None = None) -> int:
         "--skip_damaged",
         action="store_true",
         help="leave out images that cannot be decoded, and name them (default: stop at the first)",
+    )
+    parser.add_argument(
+        "--csv",
+        action="store_true",
+        help="print a table with the columns file, rank, class and probability (from 0 to 1)",
     )
     parser.add_argument(
         "photographs",

@@ -1,5 +1,6 @@
 """Published weights: their records, their downloads, and their use in commands."""
 
+import csv
 import dataclasses
 import errno
 import fcntl
@@ -783,6 +784,16 @@ def test_predict_prepares_photographs_as_the_run_did(tmp_path, capsys):
     lines = output.splitlines()
     assert lines[6] == files[1]
     assert lines[7].endswith(f"%  digit {int(expected[1].argmax())}")
+    # As a table, with the same order and probabilities.
+    assert exit_code(predict.main, [str(tmp_path / "run"), *files, "--csv"]) == 0
+    header, *rows = csv.reader(capsys.readouterr().out.splitlines())
+    assert header == ["file", "rank", "class", "probability"]
+    assert [row[0] for row in rows] == [file for file in files for _ in range(5)]
+    for file, rank, name, probability in rows:
+        percent, printed_name = lines[6 * files.index(file) + int(rank)].split(" %  ")
+        assert printed_name == name
+        assert float(percent) == pytest.approx(100 * float(probability), abs=0.0051)
+
     # A folder stands for its images.
     (tmp_path / "folder" / "3.heic").touch()
     assert exit_code(predict.main, [str(tmp_path / "run"), str(tmp_path / "folder")]) == 0
