@@ -310,7 +310,7 @@ def test_links_lead_somewhere():
 def test_the_interval_of_a_difference_is_as_its_comment_says(capsys):
     block = python_block("docs/position_methods.md", "from scipy")
     exec(block, {})
-    assert f"zeros: {capsys.readouterr().out.strip()}." in block
+    assert f"padding: {capsys.readouterr().out.strip()}." in block
 
 
 def test_the_networks_of_the_page_about_the_study_have_other_fields():
